@@ -1,0 +1,67 @@
+# make quickstart   install into .venv, then data, training, evaluation, release and one answer (no network after it)
+# make test         install into .venv, then lint, types and all tests
+# make clean        remove .venv and what the quickstart wrote
+#
+# PYTHON=python3.12      the interpreter that makes .venv (3.11 or newer)
+# TORCH_INDEX_URL=...    a further package index to look for torch in, for example PyTorch's own index of CPU builds
+# EXTRAS=dev,eval        optional dependencies to install, see pyproject.toml
+
+PYTHON ?= python3
+TORCH_INDEX_URL ?=
+EXTRAS ?= dev
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
+QUICKSTART := runs/quickstart
+
+.PHONY: install test quickstart clean
+.DEFAULT_GOAL := test
+
+install: $(INSTALLED)
+
+# Which build of torch: with a GPU any but the CPU build, without one the CPU build. Where pip finds no CPU build the
+# plain one is taken: on Linux that is the CUDA build, several GB larger, which also runs without a GPU. torch comes first and alone, so that nothing that is installed later can choose its build; the last
+# line checks that it is still the one that was chosen. DS_BUILD_OPS=0: DeepSpeed compiles nothing.
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard */__init__.py)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "error: $(PYTHON) is missing or older than 3.11; run make PYTHON=<path of python 3.11 or newer>" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || \
+	  { echo "error: $(PYTHON) -m venv failed; on Debian and Ubuntu install python3-venv" >&2; exit 1; }
+	@set -e; pip="$(BIN)/python -m pip --disable-pip-version-check"; \
+	if nvidia-smi -L >/dev/null 2>&1; then \
+	  build=cuda; torch='torch==$(TORCH),!=$(TORCH)+cpu'; \
+	elif $$pip install -q --dry-run --no-deps $(TORCH_INDEX) 'torch===$(TORCH)+cpu' >/dev/null 2>&1; then \
+	  build=cpu; torch='torch===$(TORCH)+cpu'; \
+	else \
+	  build=any; torch='torch==$(TORCH)'; \
+	  echo "note: pip finds no CPU build of torch $(TORCH); taking the plain one (TORCH_INDEX_URL names a further index)"; \
+	fi; \
+	set -x; \
+	$$pip install -q $(TORCH_INDEX) -c constraints.txt "$$torch"; \
+	DS_BUILD_OPS=0 $$pip install -q $(TORCH_INDEX) -c constraints.txt -e '.[$(EXTRAS)]'; \
+	$(BIN)/python -m mllm3d.cli doctor --install $$build
+	@touch $@
+
+test: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy mllm3d $(wildcard photon med3dvlm medpruner)
+	$(BIN)/python -m pytest
+
+# A small Photon through its phases on generated phantoms: vision, questions, patch embedding, token dropping.
+quickstart: $(INSTALLED)
+	rm -rf $(QUICKSTART)
+	$(BIN)/python data/phantom/prepare.py --out $(QUICKSTART)/data --cases 1200 --seed 0
+	$(BIN)/python train.py --config quickstart/vision
+	$(BIN)/python train.py --config quickstart/backbone
+	$(BIN)/python train.py --config quickstart/phase1
+	$(BIN)/python train.py --config quickstart/phase2
+	$(BIN)/python eval.py --config quickstart/phase2
+	$(BIN)/mllm3d release --overwrite $(QUICKSTART)/phase2 $(QUICKSTART)/release
+	$(BIN)/mllm3d predict --checkpoint $(QUICKSTART)/release --evidence $(QUICKSTART)/evidence.png \
+	  --volume "$$(ls $(QUICKSTART)/data/volumes/*.nii.gz | tail -n 1)" --question "Is there a pleural effusion?"
+
+clean:
+	rm -rf .venv $(QUICKSTART) *.egg-info

@@ -1,0 +1,155 @@
+"""`mllm3d data check`: reads every row and every volume of a manifest and reports all problems at once."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from mllm3d.data.manifest import Problem, Row, parse_manifest, volume_path
+from mllm3d.data.volumes import Volume, content_hash, read_labels, read_volume
+from mllm3d.errors import UserError
+
+_SAMPLE = 1_000_000  # voxels that the look at a volume's values takes
+
+Numbered = Sequence[tuple[int, Row]]
+
+
+class _File(NamedTuple):
+    """A path in a manifest and what it should be: `CT`, `MR` or `labels`."""
+
+    path: str
+    kind: str
+
+
+class _Facts(NamedTuple):
+    """What reading a file showed: `message` if it is wrong, else its content and where its corners lie."""
+
+    message: str | None = None
+    content: str = ""
+    corners: np.ndarray | None = None
+
+
+def check_manifest(path: str | Path, workers: int = 0) -> list[Problem]:
+    """All problems of a manifest, by line; empty if there are none. Each distinct file is read once.
+
+    `workers` processes read volumes (0: this one). Raises `UserError` only if the manifest itself can't be
+    read.
+    """
+    path = Path(path)
+    rows, problems = parse_manifest(path)
+    problems += _leaks(rows, "case", lambda row: [row.case])
+    problems += _leaks(rows, "report", lambda row: [" ".join((row.report or "").casefold().split())])
+    problems += _check_files(rows, path.parent, workers)
+    return sorted(problems)
+
+
+def value_problem(array: np.ndarray, modality: str) -> str | None:
+    """Why the values of an image can't be those of its modality, or None. CT must be in HU: air at -1,000."""
+    lowest, highest = float(array.min()), float(array.max())
+    if modality == "MR":
+        if lowest <= -900 and highest >= 100:
+            return f"values from {lowest:g} to {highest:g} look like HU; is the modality CT?"
+        return None
+    if lowest >= 0 and highest <= 1:
+        return f"values from {lowest:g} to {highest:g} are not HU but scaled; give the CT before windowing"
+    if lowest >= -200 or highest > 32000:
+        return f"values from {lowest:g} to {highest:g} are not HU (air is -1000); apply slope and intercept"
+    bright = float(np.percentile(array.ravel()[:: max(1, array.size // _SAMPLE)], 99.5))
+    if bright < -200:
+        return f"99.5 % of the values are below {bright:g}: HU were probably rescaled twice; undo one of them"
+    return None
+
+
+def _leaks(rows: Numbered, field: str, values: Callable[[Row], list[str]]) -> list[Problem]:
+    """The same value in two splits: a problem at the first row of the later split. "" is no value."""
+    first: dict[str, tuple[int, str]] = {}
+    told: set[str] = set()
+    problems = []
+    uses = [(line, row, value) for line, row in rows for value in values(row) if value]
+    for line, row, found in uses:
+        earlier, split = first.setdefault(found, (line, row.split))
+        if split != row.split and found not in told:
+            told.add(found)
+            what = f"case {row.case!r}" if field == "case" else f"the {field}"
+            message = f"{what} is also in split {split!r} (line {earlier}); keep it in one split"
+            problems.append(Problem(line, field, message))
+    return problems
+
+
+def _check_files(rows: Numbered, root: Path, workers: int) -> list[Problem]:
+    uses = [(line, field, file) for line, row in rows for field, file in _files(row)]
+    first: dict[_File, tuple[int, str]] = {}
+    for line, field, file in uses:
+        first.setdefault(file, (line, field))
+    jobs = [partial(_look, volume_path(root, file.path), file.kind) for file in first]
+    facts = dict(zip(first, _run(jobs, workers), strict=True))
+    counts = Counter(file for _, _, file in uses)
+    problems = []
+    for file, (line, field) in first.items():
+        if message := facts[file].message:
+            used = f" (in {counts[file]} rows)" if counts[file] > 1 else ""
+            problems.append(Problem(line, field, message + used))
+    problems += _leaks(rows, "volume", lambda row: [facts[file].content for _, file in _files(row)])
+    return problems + _misplaced_maps(rows, facts)
+
+
+def _files(row: Row) -> list[tuple[str, _File]]:
+    """Fields of a row that name a file, and how to look at it."""
+    found = [("volume", _File(row.volume, row.modality))]
+    if row.prior is not None:
+        found.append(("prior", _File(row.prior, row.modality)))
+    if row.labels is not None:
+        found.append(("labels", _File(row.labels, "labels")))
+    return found
+
+
+def _misplaced_maps(rows: Numbered, facts: dict[_File, _Facts]) -> list[Problem]:
+    pairs: dict[tuple[_File, _File], int] = {}
+    for line, row in rows:
+        if row.labels is not None:
+            pairs.setdefault((_File(row.volume, row.modality), _File(row.labels, "labels")), line)
+    problems = []
+    for (scan, labels), line in pairs.items():
+        a, b = facts[scan].corners, facts[labels].corners
+        if a is not None and b is not None and not np.allclose(a, b, atol=0.1):
+            message = f"{labels.path} has another grid than {scan.path}; resample it onto the scan"
+            problems.append(Problem(line, "labels", message))
+    return problems
+
+
+def _run(jobs: Sequence[Callable[[], _Facts]], workers: int) -> list[_Facts]:
+    def shown(results: Iterable[_Facts]) -> list[_Facts]:
+        return list(tqdm(results, total=len(jobs), desc="volumes", unit="", disable=None))
+
+    if workers == 0:
+        return shown(job() for job in jobs)
+    with ProcessPoolExecutor(workers) as pool:
+        return shown(pool.map(_call, jobs, chunksize=4))
+
+
+def _call(job: Callable[[], _Facts]) -> _Facts:
+    return job()
+
+
+def _look(path: Path, kind: str) -> _Facts:
+    try:
+        if kind == "labels":
+            return _Facts(corners=_corners(read_labels(path)))
+        volume = read_volume(path)
+    except UserError as error:
+        return _Facts(str(error))
+    if message := value_problem(volume.array, kind):
+        return _Facts(f"{path}: {message}")
+    return _Facts(None, content_hash(path), _corners(volume))
+
+
+def _corners(volume: Volume) -> np.ndarray:
+    """Shape, then first and last voxel in RAS mm: equal for volumes on one grid, however they are stored."""
+    last = [*(n - 1 for n in volume.array.shape), 1]
+    world = (volume.source_affine @ volume.to_source @ np.array([[0, 0, 0, 1], last]).T)[:3].T
+    return np.concatenate([volume.array.shape, world.ravel()])

@@ -1,0 +1,1 @@
+"""Predictions over a manifest, scores beside text-only baselines, and tables."""

@@ -1,0 +1,218 @@
+"""Ask a checkpoint every question of a split in every mode, go on where it stopped, score the files."""
+
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mllm3d.config import Config
+from mllm3d.data.cache import VolumeCache
+from mllm3d.data.manifest import Row, read_manifest, select, volume_path
+from mllm3d.data.preprocess import Prepared
+from mllm3d.data.prompts import question_text
+from mllm3d.errors import UserError
+from mllm3d.evaluation.predictions import Sample, append, read
+from mllm3d.evaluation.results import Results
+from mllm3d.evaluation.scoring import score, summarise
+from mllm3d.evaluation.tables import print_table, write_results
+from mllm3d.inference.adapter import Mode
+from mllm3d.inference.checkpoint import fingerprint
+from mllm3d.inference.predictor import Predictor
+
+ORIGIN = "origin.json"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Questions about the same volumes that are answered in one call."""
+
+    volumes: tuple[str, ...]  # relative to the manifest, a prior scan first
+    modality: str
+    rows: tuple[Row, ...]
+
+
+def evaluate(config: Config, checkpoint: Path | None = None, device: str | None = None) -> Results:
+    """Answer, score, print the table and write RUN/evaluation/SPLIT.
+
+    That folder holds predictions-MODE.jsonl, results.json and table.md.
+
+    checkpoint: a released folder or a step; by default the run's newest. Predictions that another checkpoint
+    or manifest left in the folder are moved beside it, never mixed in.
+    """
+    train, rows = _rows(config)
+    predictor = Predictor.load(checkpoint or config.run.output, device)
+    _warn_of_other_preprocessing(config, predictor)
+    folder = config.run.output / "evaluation" / config.data.eval_split
+    origin = _origin(config, predictor)
+    _open_folder(folder, origin)
+    _answer_all(config, predictor, rows, folder)
+    samples: dict[str, list[Sample]] = {
+        mode: _in_order(read(predictions_file(folder, mode)), rows) for mode in config.evaluation.modes
+    }
+    results = Results(
+        checkpoint=predictor.checkpoint.name,
+        fingerprint=origin["fingerprint"],
+        split=config.data.eval_split,
+        date=datetime.now(UTC).date().isoformat(),
+        device=predictor.device,
+        modes={mode: summarise(items) for mode, items in samples.items()},
+        rows=score(samples, train),
+    )
+    write_results(results, folder)
+    print_table(results)
+    return results
+
+
+def predictions_file(folder: Path, mode: str) -> Path:
+    """Where a mode's predictions are."""
+    return folder / f"predictions-{mode}.jsonl"
+
+
+def group_by_volume(rows: Sequence[Row], batch_questions: int) -> list[Work]:
+    """Rows of the same volumes together, at most `batch_questions` a call, in the manifest's order."""
+    groups: dict[tuple[tuple[str, ...], str], list[Row]] = defaultdict(list)
+    for row in rows:
+        volumes = (row.volume,) if row.prior is None else (row.prior, row.volume)
+        groups[(volumes, row.modality)].append(row)
+    return [
+        Work(volumes, modality, tuple(members[start : start + batch_questions]))
+        for (volumes, modality), members in groups.items()
+        for start in range(0, len(members), batch_questions)
+    ]
+
+
+def _rows(config: Config) -> tuple[list[Row], list[Row]]:
+    """Rows that the baselines are fitted on (none if the manifest has no such split), and rows to answer."""
+    data, evaluation = config.data, config.evaluation
+    everything = read_manifest(data.manifest)
+
+    def chosen(split: str, limit: int | None = None) -> list[Row]:
+        return select(select(everything, split, data.where), split, evaluation.where, limit)
+
+    rows = chosen(data.eval_split, evaluation.limit_volumes)
+    try:
+        return chosen(data.train_split), rows
+    except UserError as error:
+        print(f"warning: {error}: no text-only baseline can be fitted", file=sys.stderr)
+        return [], rows
+
+
+def _answer_all(config: Config, predictor: Predictor, rows: Sequence[Row], folder: Path) -> None:
+    """Volume by volume, so that each is read once for all modes and questions."""
+    modes, root = config.evaluation.modes, config.data.manifest.parent
+    cache = VolumeCache(config.data.cache or root / ".cache")
+    done = {mode: {sample.id for sample in read(predictions_file(folder, mode))} for mode in modes}
+    finished = sum(row.id in done[mode] for mode in modes for row in rows)
+    with ExitStack() as stack:
+        bar = stack.enter_context(
+            tqdm(total=len(rows) * len(modes), initial=finished, unit="question", desc="eval")
+        )
+        streams = {
+            mode: stack.enter_context(predictions_file(folder, mode).open("a", encoding="utf-8"))
+            for mode in modes
+        }
+        for work in group_by_volume(rows, config.evaluation.batch_questions):
+            prepared: list[Prepared] = []
+            for mode in modes:
+                open_rows = [row for row in work.rows if row.id not in done[mode]]
+                if not open_rows:
+                    continue
+                if not prepared:
+                    settings = predictor.volume_config(work.modality)
+                    prepared = [cache.get(volume_path(root, name), settings) for name in work.volumes]
+                append(streams[mode], _answer(config, predictor, prepared, open_rows, mode))
+                bar.update(len(open_rows))
+
+
+def _answer(
+    config: Config, predictor: Predictor, volumes: Sequence[Prepared], rows: Sequence[Row], mode: str
+) -> list[Sample]:
+    model_mode: Mode = "none" if mode == "none" else "random" if mode == "random" else "scheduled"
+    if mode == "zeroed":  # the lowest value of the window everywhere: nothing to see, all else alike
+        volumes = [replace(item, array=np.full_like(item.array, item.array.min())) for item in volumes]
+    start = time.perf_counter()
+    answers = predictor.answer(
+        volumes,
+        [question_text(row) for row in rows],
+        model_mode,
+        config.evaluation.max_new_tokens,
+        config.run.seed,
+    )
+    seconds = (time.perf_counter() - start) / len(rows)
+    return [
+        Sample(
+            id=row.id,
+            case=row.case,
+            task=row.task,
+            subtask=row.subtask,
+            question=row.question,
+            options=row.options,
+            reference=row.answer,
+            prediction=answer.text,
+            keep_rate=answer.keep_rate,
+            tokens_before=answer.tokens_before,
+            tokens_after=answer.tokens_after,
+            seconds=seconds,
+        )
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+
+
+def _in_order(samples: Sequence[Sample], rows: Sequence[Row]) -> list[Sample]:
+    """The samples of these rows in their order; others (of an earlier, wider filter) are left out."""
+    by_id = {sample.id: sample for sample in samples}
+    return [by_id[row.id] for row in rows]
+
+
+def _origin(config: Config, predictor: Predictor) -> dict[str, str]:
+    """What predictions depend on; they may be continued only where it is the same."""
+    return {
+        "checkpoint": predictor.checkpoint.name,
+        "fingerprint": fingerprint(predictor.checkpoint),
+        "manifest": sha256(config.data.manifest.read_bytes()).hexdigest()[:16],
+        "max_new_tokens": str(config.evaluation.max_new_tokens),
+        "seed": str(config.run.seed),
+    }
+
+
+def _open_folder(folder: Path, origin: dict[str, str]) -> None:
+    """Make the folder, or keep it if its predictions have the same origin, else move it aside."""
+    file = folder / ORIGIN
+    if folder.is_dir() and any(folder.iterdir()):
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if before == origin:
+            return
+        name = before.get("checkpoint", "unknown")
+        number = next(
+            n for n in range(1, 10_000) if not folder.with_name(f"{folder.name}.{name}.{n}").exists()
+        )
+        aside = folder.with_name(f"{folder.name}.{name}.{number}")
+        folder.rename(aside)
+        print(
+            f"evaluation: earlier predictions of another checkpoint or setting moved to {aside}",
+            file=sys.stderr,
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+
+
+def _warn_of_other_preprocessing(config: Config, predictor: Predictor) -> None:
+    ours, theirs = (
+        volume.model_dump(exclude={"preset"}) for volume in (config.volume, predictor.checkpoint.volume)
+    )
+    differing = [key for key in ours if ours[key] != theirs[key]]
+    if differing:
+        print(
+            f"warning: {predictor.checkpoint.name}: trained with other volume.{', volume.'.join(differing)} "
+            "than the config says; the checkpoint's own preprocessing is used",
+            file=sys.stderr,
+        )

@@ -1,0 +1,1 @@
+"""Answers about volumes: a checkpoint folder, a scan and a question in; text and evidence out."""

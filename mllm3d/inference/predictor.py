@@ -1,0 +1,121 @@
+"""Volume and question in, answer out: the same preprocessing and the same model code as in training."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from mllm3d.config import VolumeConfig
+from mllm3d.data.preprocess import Prepared, prepare
+from mllm3d.data.volumes import Volume, read_volume
+from mllm3d.inference.adapter import Adapter, Mode, RawAnswer
+from mllm3d.inference.checkpoint import Checkpoint, open_checkpoint
+from mllm3d.registry import adapter_class
+
+if TYPE_CHECKING:
+    import torch
+
+MR_PERCENTILES = (0.5, 99.5)
+
+
+@dataclass(frozen=True)
+class Answer(RawAnswer):
+    """The adapter's answer and what follows from it."""
+
+    @property
+    def keep_rate(self) -> float:
+        """Share of the visual tokens that passed the scheduling layer."""
+        return self.tokens_after / self.tokens_before if self.tokens_before else 1.0
+
+    @property
+    def seconds_per_further_token(self) -> float | None:
+        """Mean wall time of the tokens after the first; None if there was only one."""
+        further = self.new_tokens - 1
+        return (self.seconds_total - self.seconds_first) / further if further > 0 else None
+
+
+class Predictor:
+    """One loaded checkpoint, asked about files or prepared volumes."""
+
+    def __init__(self, checkpoint: Checkpoint, adapter: Adapter, device: str):
+        self.checkpoint = checkpoint
+        self.adapter = adapter
+        self.device = device
+
+    @classmethod
+    def load(cls, path: Path, device: str | None = None, dtype: "torch.dtype | None" = None) -> Self:
+        """Load a released folder, a step of a run, or a run's newest step.
+
+        device: a torch device, by default `cuda` where there is one. dtype: by default bfloat16 on a GPU and
+        float32 elsewhere.
+        """
+        import torch
+
+        checkpoint = open_checkpoint(path)
+        adapter: type[Adapter] = adapter_class(checkpoint.model_type)
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if dtype is None:
+            dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
+        name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else chosen.type
+        return cls(checkpoint, adapter.load(checkpoint.model, chosen, dtype), name)
+
+    def volume_config(self, modality: str = "CT") -> VolumeConfig:
+        """The checkpoint's preprocessing; for `MR`, whose units are arbitrary, a window by percentiles."""
+        config = self.checkpoint.volume
+        if modality == "MR" and config.window_percentile is None:
+            return config.model_copy(update={"window_percentile": MR_PERCENTILES})
+        return config
+
+    def prepare(self, volume: Volume, modality: str = "CT") -> Prepared:
+        """A scan as read from disk, as the model wants it; one warning line if a CT does not look like HU."""
+        config = self.volume_config(modality)
+        if config.window_percentile is None and not looks_like_hu(volume.array):
+            print(
+                f"warning: {volume.path}: its intensities do not look like HU (no air below -200 or nothing "
+                "above 0); give --modality mr for MR, or convert the file to HU",
+                file=sys.stderr,
+            )
+        return prepare(volume, config)
+
+    def answer(
+        self,
+        volumes: Sequence[Prepared | Path],
+        questions: Sequence[str],
+        mode: Mode = "scheduled",
+        max_new_tokens: int = 512,
+        seed: int = 0,
+    ) -> list[Answer]:
+        """Answers in the order of the questions, all about the same volumes (a prior scan first)."""
+        prepared = [
+            item if isinstance(item, Prepared) else self.prepare(read_volume(item)) for item in volumes
+        ]
+        arrays = [item.array for item in prepared]
+        raw = self.adapter.answer(arrays, list(questions), mode, max_new_tokens, seed)
+        return [Answer(**vars(item)) for item in raw]
+
+    def kept_boxes(
+        self, answer: Answer, shapes: Sequence[tuple[int, int, int]], index: int = -1
+    ) -> np.ndarray:
+        """Boxes (kept tokens, 3, 2) on the model grid of volume `index` out of those that were asked about.
+
+        shapes: (D, H, W) of all those volumes in the order they were given.
+        """
+        if answer.kept is None:
+            raise ValueError(f"{type(self.adapter).__name__} does not say which tokens it kept")
+        boxes = [self.adapter.token_boxes(shape) for shape in shapes]
+        ends = np.cumsum([len(item) for item in boxes])
+        if ends[-1] != len(answer.kept):
+            raise ValueError(f"{len(answer.kept)} tokens in the answer, {ends[-1]} boxes on the volumes")
+        return boxes[index][np.split(answer.kept, ends[:-1])[index]]
+
+
+def looks_like_hu(array: np.ndarray) -> bool:
+    """Whether a scan has air below -200 and something denser than water, as a CT of a body has.
+
+    MR, raw detector values and images scaled to [0, 1] lack the first; HU rescaled twice, the second.
+    """
+    low, high = np.percentile(array[::4, ::4, ::4], [0.5, 99.5])
+    return bool(low < -200 and high > 0)

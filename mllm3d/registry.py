@@ -1,0 +1,40 @@
+"""Names of recipes and adapters, and where they live.
+
+These strings are the only place where `mllm3d` knows model packages. What they name is imported on use, so
+that `mllm3d --help` stays quick and a missing model package is an error only for those who ask for it.
+"""
+
+import difflib
+import importlib
+from typing import Any
+
+from mllm3d.errors import UserError
+
+RECIPES: dict[str, str] = {
+    "photon.backbone": "photon.recipes.backbone:Backbone",
+    "photon.phase1": "photon.recipes.phases:Phase1",
+    "photon.phase2": "photon.recipes.phases:Phase2",
+}
+"""`recipe:` of a config -> "module:class" of an `mllm3d.training.recipe.Recipe`."""
+
+ADAPTERS: dict[str, str] = {"photon": "photon.recipes.adapter:PhotonAdapter"}
+"""`model_type` of a checkpoint's config.json -> "module:class" of an `mllm3d.inference.adapter.Adapter`."""
+
+
+def recipe_class(name: str) -> Any:
+    """The recipe class of this name. Raises `UserError` with the nearest name where there is none."""
+    return _resolve(name, RECIPES, "recipe")
+
+
+def adapter_class(model_type: str) -> Any:
+    """The inference adapter for checkpoints of this `model_type`. Raises `UserError` for an unknown one."""
+    return _resolve(model_type, ADAPTERS, "model_type")
+
+
+def _resolve(name: str, table: dict[str, str], what: str) -> Any:
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ";"
+        raise UserError(f"{what} {name!r}: unknown{hint} (known: {', '.join(sorted(table))})")
+    module, _, attribute = table[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

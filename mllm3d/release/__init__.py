@@ -1,0 +1,1 @@
+"""Export of a run's checkpoint as a folder that Hugging Face calls load."""

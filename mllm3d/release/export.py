@@ -1,0 +1,119 @@
+"""`mllm3d release RUN DIR`: one checkpoint as a folder that others load with Hugging Face calls."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from mllm3d.errors import UserError
+from mllm3d.registry import adapter_class
+from mllm3d.release.card import write_card
+
+PREPROCESSING = "preprocessing.json"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+def release(run: Path, out: Path, checkpoint: str = "latest", overwrite: bool = False) -> Path:
+    """Write `out`: safetensors, config, processor, preprocessing, results and a model card of a checkpoint.
+
+    checkpoint: `latest`, `best`, or a step's number. The folder is made beside `out`, loaded once on the CPU
+    with every weight accounted for, and only then renamed. Raises `UserError` if `out` exists (and
+    `overwrite` is false), a file is missing, or one is a pickle. Returns `out`.
+    """
+    if not run.is_dir():
+        raise UserError(f"{run}: no such run folder")
+    _check_target(out, overwrite)
+    step = find_step(run, checkpoint)
+    temporary = out.absolute().parent / f".{out.name}.{os.getpid()}.tmp"
+    try:
+        _copy(step / "model", run, temporary)
+        write_card(run, step, temporary)
+        verify(temporary)
+        _replace(temporary, out)
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror or error}; nothing was released") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{out}: {step.name} of {run}, every weight accounted for")
+    return out
+
+
+def find_step(run: Path, checkpoint: str) -> Path:
+    """The step folder of a run that `latest`, `best` or a number names; it must have a complete model."""
+    checkpoints = run / "checkpoints"
+    if checkpoint.isdecimal():
+        names = {path.name.removeprefix("step_"): path for path in checkpoints.glob("step_*")}
+        numbered = {int(name): path for name, path in names.items() if name.isdecimal()}
+        step = numbered.get(int(checkpoint), checkpoints / f"step_{checkpoint}")
+    elif checkpoint in ("latest", "best"):
+        pointer = checkpoints / "latest"
+        if not pointer.is_file():
+            raise UserError(f"{pointer}: missing; the run has saved no checkpoint")
+        step = checkpoints / pointer.read_text(encoding="utf-8").strip()
+        if checkpoint == "best":
+            step = checkpoints / f"step_{_best_step(step)}"
+    else:
+        raise UserError(f"checkpoint {checkpoint!r}: must be latest, best or a step's number")
+    if not (step / "model" / "config.json").is_file():
+        saved = sorted(path.parent.parent.name for path in checkpoints.glob("step_*/model/config.json"))
+        raise UserError(f"{step}: no complete checkpoint there; this run has {', '.join(saved) or 'none'}")
+    return step
+
+
+def _best_step(newest: Path) -> int:
+    """The best step so far, as the trainer noted it in its newest checkpoint."""
+    file = newest / "trainer.json"
+    try:
+        best = json.loads(file.read_text(encoding="utf-8"))["progress"]["best_step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: no best step in it; name a step or `latest`") from error
+    if not isinstance(best, int):
+        raise UserError(f"{file}: this run measured nothing to choose by; name a step or `latest`")
+    return best
+
+
+def verify(folder: Path) -> None:
+    """Load the folder on the CPU as a user would; a missing or unexpected weight is an error there."""
+    import torch
+
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    adapter_class(model_type).load(folder, torch.device("cpu"), torch.float32)
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    """Only an earlier release may be overwritten: `out` could be a mistyped home folder."""
+    if not out.exists():
+        if not out.absolute().parent.is_dir():
+            raise UserError(f"{out}: its parent folder does not exist; create it first")
+        return
+    if not overwrite:
+        raise UserError(f"{out}: exists already; name another folder or give --overwrite")
+    if not all((out / name).is_file() for name in ("config.json", PREPROCESSING, "README.md")):
+        raise UserError(f"{out}: is not a released model, so it is not overwritten; name another folder")
+
+
+def _copy(model: Path, run: Path, folder: Path) -> None:
+    files = sorted(path for path in model.rglob("*") if path.is_file())
+    pickles = [path for path in files if path.suffix in PICKLES]
+    if pickles:
+        raise UserError(
+            f"{pickles[0]}: a pickle, which can run code when loaded; save it as safetensors instead"
+        )
+    if not any(path.suffix == ".safetensors" for path in files):
+        raise UserError(f"{model}: no weights (*.safetensors) in it; save the checkpoint again")
+    settings = next((path for path in (model / PREPROCESSING, run / PREPROCESSING) if path.is_file()), None)
+    if settings is None:
+        raise UserError(
+            f"{run / PREPROCESSING}: missing, so nobody could prepare volumes for the model; restore it"
+        )
+    shutil.copytree(model, folder)
+    shutil.copyfile(settings, folder / PREPROCESSING)
+
+
+def _replace(temporary: Path, out: Path) -> None:
+    """Make the folder visible in one step; an old one is kept until the new one stands in its place."""
+    old = temporary.with_name(f"{temporary.name}.old")
+    if out.exists():
+        out.rename(old)
+    temporary.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

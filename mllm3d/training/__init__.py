@@ -1,0 +1,1 @@
+"""Training: `fit` runs a recipe, `recipe` says what a recipe is."""

@@ -1,0 +1,145 @@
+"""Training from a config and a recipe to a run folder."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mllm3d.config import Config, TrainingConfig
+from mllm3d.data.cache import VolumeCache
+from mllm3d.data.dataset import Loaded, batch_loader
+from mllm3d.data.manifest import Row, read_manifest, select
+from mllm3d.data.samplers import BatchSchedule, Position
+from mllm3d.training import distributed
+from mllm3d.training.checkpoint import Checkpoints, Progress, identity
+from mllm3d.training.distributed import World
+from mllm3d.training.engine import build_engine
+from mllm3d.training.estimate import count_steps
+from mllm3d.training.logging import MetricsLog
+from mllm3d.training.recipe import Batch, Recipe
+from mllm3d.training.rundir import open_run
+from mllm3d.training.step import train_step
+
+Evaluate = Callable[[Any, int], float]
+"""(DeepSpeed engine, step) -> a value, higher is better. Called by all ranks before each checkpoint; all of them
+return the same value. The checkpoint with the best one is kept beside the last."""
+
+
+def fit(config: Config, recipe: Recipe, resume: bool = False, evaluate: Evaluate | None = None) -> Path:
+    """Train, from the start or (`resume`) from the newest checkpoint; the run folder.
+
+    Called on every rank, under `deepspeed`, `torchrun` or `python`. Raises `UserError` for what a user can mend.
+    """
+    training = config.training
+    world = distributed.start(config.run.threads)
+    run = open_run(config, world, resume)
+    rows = training_rows(config, world)
+    schedule = BatchSchedule(
+        rows,
+        config.data.questions_per_volume,
+        training.volumes_per_batch,
+        world.rank,
+        world.size,
+        config.run.seed,
+    )
+    total_steps = count_steps(training, schedule.batches_per_epoch)
+    engine = build_engine(config, recipe, world, total_steps)
+    agreement = identity(config, engine.module, world, data_fingerprint(rows))
+    checkpoints = Checkpoints(run / "checkpoints", config, agreement, world)
+    progress = checkpoints.load(engine) if resume else Progress()
+    if progress.position is not None:
+        schedule.seek(progress.position)
+    batches = open_loader(config, recipe, schedule)
+    if resume:
+        checkpoints.restore_random_state()
+
+    count_flops = flops_counter(recipe)
+    with MetricsLog(
+        run, world, progress.step, total_steps, training.log_every, peak_flops(config, world)
+    ) as log:
+        for step in range(progress.step, total_steps):
+            taken = take(batches, training.accumulation, world)
+            micro_batches = [loaded.batch for loaded in taken]
+            rates = learning_rates(engine)
+            result = train_step(engine, recipe, micro_batches, step, total_steps, world)
+            log.add(step + 1, taken[-1].position[0], rates, result, count_flops(micro_batches))
+            if is_save_due(training, step + 1, total_steps):
+                log.flush()
+                progress = replace(progress, step=step + 1, position=taken[-1].next_position)
+                progress = judged(progress, evaluate, engine)
+                checkpoints.save(engine, recipe, progress)
+                log.restart_clock()
+    world.barrier()
+    return run
+
+
+def training_rows(config: Config, world: World) -> list[Row]:
+    """The manifest's rows to train on."""
+    data = config.data
+    with world.together():
+        rows = select(read_manifest(data.manifest), data.train_split, data.where, data.limit_volumes)
+    return rows
+
+
+def open_loader(config: Config, recipe: Recipe, schedule: BatchSchedule) -> Iterator[Loaded]:
+    """Collated batches from the schedule's position on."""
+    root = config.data.manifest.parent
+    cache = VolumeCache(config.data.cache or root / ".cache")
+    return batch_loader(
+        schedule, root, cache, config.volume, recipe.collate, config.data.workers, recipe.wants_labels
+    )
+
+
+def data_fingerprint(rows: list[Row]) -> str:
+    """Changes with any row: a sampler position means nothing in other rows."""
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(row.model_dump_json().encode())
+    return total.hexdigest()[:16]
+
+
+def take(batches: Iterator[Loaded], count: int, world: World) -> list[Loaded]:
+    """The micro-batches of one optimizer step. A volume that one rank cannot read stops all of them."""
+    with world.together():
+        taken = [next(batches) for _ in range(count)]
+    return taken
+
+
+def learning_rates(engine: Any) -> dict[str, float]:
+    """Rate of each parameter group in the coming step: `lr`, the first group's, and `lr/<name>`."""
+    groups = engine.basic_optimizer.param_groups
+    return {"lr": groups[0]["lr"], **{f"lr/{group['name']}": group["lr"] for group in groups}}
+
+
+def flops_counter(recipe: Recipe) -> Callable[[list[Batch]], float]:
+    """FLOPs of a rank's micro-batches, as far as the recipe gives them; else 0."""
+    described = recipe.describe()
+    per_volume = described.get("flops_per_volume", 0.0)
+    per_batch = described.get(
+        "flops_per_batch", lambda batch: per_volume * recipe.counts(batch).get("volumes", 0)
+    )
+    return lambda batches: sum(per_batch(batch) for batch in batches)
+
+
+def peak_flops(config: Config, world: World) -> float | None:
+    """Of one device, for MFU. A CPU has none unless the config names it."""
+    given = "peak_tflops" in config.estimate.model_fields_set
+    return config.estimate.peak_tflops * 1e12 if given or world.device.type == "cuda" else None
+
+
+def is_save_due(training: TrainingConfig, step: int, total_steps: int) -> bool:
+    """At the end, and every `save_every` steps before it."""
+    return step == total_steps or (training.save_every is not None and step % training.save_every == 0)
+
+
+def judged(progress: Progress, evaluate: Evaluate | None, engine: Any) -> Progress:
+    """Progress with the best step so far, where the run is evaluated at all."""
+    if evaluate is None:
+        return progress
+    engine.eval()
+    value = evaluate(engine, progress.step)
+    engine.train()
+    if progress.best_value is not None and value <= progress.best_value:
+        return progress
+    return replace(progress, best_value=value, best_step=progress.step)

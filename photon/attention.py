@@ -1,0 +1,217 @@
+"""Attention over sequences that lie end to end, without padding.
+
+Legend: T tokens of all sequences together, H heads, J key-value heads, E head width, G groups, R rows.
+
+A *group* is one volume (or a prior and a current one) with all questions about it. Its visual prefix stands
+before every question, so under causal attention the prefix is the same for all of them and is computed once:
+``TreePlan``. Once tokens were dropped, each question owns its sequence: ``RowsPlan``.
+
+The decoder layers of transformers call :func:`photon_attention` through their attention interface; the plan
+travels as a keyword argument. Without a plan (decoding with a cache) it is the library's own SDPA.
+"""
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    _VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters)
+except ImportError:  # torch < 2.10, or a build without it
+    varlen_attn = None  # type: ignore[assignment]
+    _VARLEN_PARAMETERS = frozenset()
+
+ATTENTION_NAME = "photon"
+
+
+def offsets(lengths: list[int]) -> list[int]:
+    """Start of each of the sequences of ``lengths`` when they lie end to end, and the end of the last."""
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    return starts
+
+
+def _match_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Repeat key and value heads up to the number of query heads; head axis is -3."""
+    repeats = query.shape[-3] // key.shape[-3]
+    if repeats == 1:
+        return key, value
+    return key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+
+
+def _varlen_usable(query: Tensor) -> bool:
+    return varlen_attn is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], causal: bool, scale: float
+) -> Tensor:
+    """torch's own variable-length kernel (CUDA, half precision). Its causal switch changed its name in 2.12."""
+    key, value = _match_heads(query, key, value)
+    bounds = torch.tensor(offsets(lengths), dtype=torch.int32).to(query.device, non_blocking=True)
+    options: dict[str, Any] = {"scale": scale} if "scale" in _VARLEN_PARAMETERS else {}
+    if "scale" not in _VARLEN_PARAMETERS:
+        query = query * (scale * query.shape[-1] ** 0.5)
+    if "is_causal" in _VARLEN_PARAMETERS:
+        options["is_causal"] = causal
+    elif causal:
+        options["window_size"] = (-1, 0)
+    flat = [x.transpose(0, 1).contiguous() for x in (query, key, value)]
+    longest = max(lengths)
+    return varlen_attn(*flat, bounds, bounds, longest, longest, **options).transpose(0, 1)
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], causal: bool, scale: float
+) -> Tensor:
+    """Each sequence attends to itself alone.
+
+    Args:
+        query: ``(H, T, E)``. key, value: ``(J, T, E)`` with H a multiple of J.
+        lengths: tokens of each sequence, in order; they sum to T.
+        causal: a token sees itself and what stands before it in its own sequence.
+
+    Returns:
+        ``(H, T, E)``.
+    """
+    if _varlen_usable(query):
+        return _varlen(query, key, value, lengths, causal, scale)
+    key, value = _match_heads(query, key, value)
+    if len(set(lengths)) == 1:  # equal lengths: one batched call
+        batch = [x.unflatten(1, (len(lengths), -1)).transpose(0, 1) for x in (query, key, value)]
+        out = F.scaled_dot_product_attention(*batch, is_causal=causal, scale=scale)
+        return out.transpose(0, 1).flatten(1, 2)
+    parts = zip(query.split(lengths, 1), key.split(lengths, 1), value.split(lengths, 1), strict=True)
+    return torch.cat(
+        [
+            F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=causal, scale=scale)[0]
+            for q, k, v in parts
+        ],
+        dim=1,
+    )
+
+
+def suffix_mask(prefix: int, suffixes: list[int], device: torch.device) -> Tensor:
+    """What the questions of one group may see: the whole prefix and, causally, their own tokens.
+
+    Returns:
+        ``(S, prefix + S)`` of bool, S the sum of ``suffixes``; True is visible.
+    """
+    owner = torch.repeat_interleave(torch.arange(len(suffixes)), torch.tensor(suffixes)).to(device)
+    own = (owner[:, None] == owner[None]).tril()
+    return torch.cat([own.new_ones(len(owner), prefix), own], dim=1)
+
+
+class Plan:
+    """Who attends to whom; optionally remembers the keys and values that passed (for a cache, for saliency)."""
+
+    def __init__(self, record: bool = False, watch: int | None = None) -> None:
+        self.record = record
+        self.watch = watch
+        self.keys_values: dict[int, tuple[Tensor, Tensor]] = {}
+        self.watched: tuple[Tensor, Tensor] | None = None
+
+    def note(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Keep ``key, value`` of every layer when recording, and ``query, key`` of the watched layer."""
+        if self.record:
+            self.keys_values[layer] = (key, value)
+        if layer == self.watch:
+            self.watched = (query, key)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """``(H, T, E)`` from query ``(H, T, E)`` and key, value ``(J, T, E)``."""
+        raise NotImplementedError
+
+
+class RowsPlan(Plan):
+    """Independent causal sequences end to end."""
+
+    def __init__(self, lengths: list[int], record: bool = False) -> None:
+        super().__init__(record)
+        self.lengths = lengths
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        return packed_attention(query, key, value, self.lengths, True, scale)
+
+
+@dataclass
+class _Branch:
+    """One group's place in the packed order, and the mask of its questions."""
+
+    prefix: slice
+    suffix: slice
+    suffixes: list[int]
+    masks: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def mask(self, device: torch.device) -> Tensor:
+        if device not in self.masks:
+            self.masks[device] = suffix_mask(self.prefix.stop - self.prefix.start, self.suffixes, device)
+        return self.masks[device]
+
+
+class TreePlan(Plan):
+    """Every group's prefix once, and its questions as branches of it.
+
+    Packed order: the prefixes of all groups, then the questions group by group.
+    """
+
+    def __init__(
+        self, prefixes: list[int], suffixes: list[list[int]], record: bool = False, watch: int | None = None
+    ) -> None:
+        super().__init__(record, watch)
+        self.prefixes = prefixes
+        self.prefix_tokens = sum(prefixes)
+        prefix_at = offsets(prefixes)
+        suffix_at = [self.prefix_tokens + x for x in offsets([sum(s) for s in suffixes])]
+        self.branches = [
+            _Branch(slice(prefix_at[i], prefix_at[i + 1]), slice(suffix_at[i], suffix_at[i + 1]), lengths)
+            for i, lengths in enumerate(suffixes)
+        ]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        end = self.prefix_tokens
+        lengths = [n for n in self.prefixes if n]
+        parts = []
+        if lengths:
+            parts.append(packed_attention(query[:, :end], key[:, :end], value[:, :end], lengths, True, scale))
+        key, value = _match_heads(query, key, value)
+        for branch in self.branches:
+            k = torch.cat([key[:, branch.prefix], key[:, branch.suffix]], dim=1)
+            v = torch.cat([value[:, branch.prefix], value[:, branch.suffix]], dim=1)
+            q = query[:, branch.suffix]
+            mask = branch.mask(query.device)
+            parts.append(
+                F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scale)[0]
+            )
+        return torch.cat(parts, dim=1)
+
+
+def photon_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    plan: Plan | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention interface of transformers: ``(1, H, T, E)`` in, ``(1, T, H, E)`` out."""
+    if plan is None:
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return out, None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    plan.note(module.layer_idx, query[0], key[0], value[0])  # type: ignore[arg-type]
+    return plan.attend(query[0], key[0], value[0], scale).transpose(0, 1)[None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, photon_attention)

@@ -1,0 +1,1 @@
+"""Where Photon meets the framework: its training recipes, and its adapter for inference."""

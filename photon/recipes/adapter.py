@@ -1,0 +1,138 @@
+"""Photon behind the framework's inference interface."""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from mllm3d.errors import UserError
+from mllm3d.inference.adapter import Mode, RawAnswer
+from photon.building import read_model
+from photon.modeling_photon import PhotonForConditionalGeneration
+from photon.processing_photon import PhotonProcessor
+from photon.recipes.base import chat
+
+
+class _Clock(StoppingCriteria):
+    """Notes when each token was there; never stops."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@dataclass
+class PhotonAdapter:
+    """Photon behind `mllm3d.inference.adapter.Adapter`."""
+
+    model: PhotonForConditionalGeneration
+    processor: PhotonProcessor
+
+    @classmethod
+    def load(cls, directory: Path, device: torch.device, dtype: torch.dtype) -> Self:
+        """Strict: weights that do not fit raise `UserError`."""
+        try:
+            model = read_model(directory, dtype)
+            processor = PhotonProcessor.from_pretrained(directory)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{directory}: {' '.join(str(error).split())}") from error
+        return cls(model.to(device).eval(), processor)
+
+    def answer(
+        self,
+        volumes: Sequence[np.ndarray],
+        questions: Sequence[str],
+        mode: Mode,
+        max_new_tokens: int,
+        seed: int,
+    ) -> list[RawAnswer]:
+        """Greedy answers; the volumes are encoded once for all questions."""
+        inputs = dict(self.processor(list(volumes), [chat(q) for q in questions]))
+        inputs.pop("labels")
+        inputs["group_index"] = torch.zeros(len(questions), dtype=torch.long)
+        inputs = {k: v.to(self.model.device) for k, v in inputs.items()}
+        if mode == "random":
+            inputs["random_seeds"] = torch.tensor([question_seed(seed, q) for q in questions])
+        clock, decision = _Clock(), _Decision()
+        start = time.perf_counter()
+        with torch.inference_mode(), decision.watch(self.model):
+            generated = self.model.generate(
+                **inputs,
+                reduction="none" if mode == "none" else "hard",
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                stopping_criteria=StoppingCriteriaList([clock]),
+            )
+        new = generated[:, inputs["input_ids"].shape[1] :].tolist()
+        ends = [_length(row, self.processor.tokenizer.eos_token_id) for row in new]
+        before = self.processor.geometry.tokens
+        total = sum(before(v.shape) for v in volumes)  # type: ignore[arg-type]
+        kept = decision.kept or [np.ones(total, bool)] * len(questions)
+        texts = self.processor.tokenizer.batch_decode(
+            [r[:n] for r, n in zip(new, ends, strict=True)], skip_special_tokens=True
+        )
+        return [
+            RawAnswer(
+                text.strip(), total, int(k.sum()), n, clock.times[0] - start, clock.times[n - 1] - start, k
+            )
+            for text, n, k in zip(texts, ends, kept, strict=True)
+        ]
+
+    def token_boxes(self, shape: tuple[int, int, int]) -> np.ndarray:
+        """Voxel boxes of a volume's tokens, in their order; boxes may reach past the volume's end."""
+        unit = np.array(self.processor.geometry.token_shape)
+        t, h, w = (-(-n // u) for n, u in zip(shape, unit, strict=True))
+        corner = np.stack(np.meshgrid(np.arange(t), np.arange(h), np.arange(w), indexing="ij"), -1).reshape(
+            -1, 3
+        )
+        return np.stack([corner * unit, (corner + 1) * unit], axis=-1)
+
+
+class _Decision:
+    """Catches what the prefill decided to keep, which `generate` does not return."""
+
+    def __init__(self) -> None:
+        self.kept: list[np.ndarray] = []
+
+    def watch(self, model: nn.Module) -> Any:
+        """Context in which the first forward pass is watched."""
+
+        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if output.kept is not None and not self.kept:
+                self.kept = list(output.kept.cpu().numpy())
+
+        return _Hook(model.register_forward_hook(note))
+
+
+class _Hook:
+    """Removes a hook when the context ends."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
+
+
+def _length(tokens: list[int], end: int) -> int:
+    """Tokens up to and including the first end token."""
+    return tokens.index(end) + 1 if end in tokens else len(tokens)
+
+
+def question_seed(seed: int, question: str) -> int:
+    """A seed that depends on the question's text and not on its company."""
+    digest = hashlib.sha256(f"{seed}\n{question}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")
