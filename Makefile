@@ -3,7 +3,8 @@
 # make clean        remove .venv and what the quickstart wrote
 #
 # PYTHON=python3.12      the interpreter that makes .venv (3.11 or newer)
-# TORCH_INDEX_URL=...    a further package index to look for torch in, for example PyTorch's own index of CPU builds
+# TORCH_INDEX_URL=...    a further package index to look for torch in, for example PyTorch's own of CPU builds, or of
+#                        builds for an older CUDA driver
 # EXTRAS=dev,eval        optional dependencies to install, see pyproject.toml
 
 PYTHON ?= python3
@@ -22,8 +23,9 @@ QUICKSTART := runs/quickstart
 install: $(INSTALLED)
 
 # Which build of torch: with a GPU any but the CPU build, without one the CPU build. Where pip finds no CPU build the
-# plain one is taken: on Linux that is the CUDA build, several GB larger, which also runs without a GPU. torch comes first and alone, so that nothing that is installed later can choose its build; the last
-# line checks that it is still the one that was chosen. DS_BUILD_OPS=0: DeepSpeed compiles nothing.
+# plain one is taken: on Linux that is the CUDA build, several GB larger, which also runs without a GPU. torch comes
+# first and alone, so that nothing installed later can choose its build; the last line checks that it is still the
+# one that was chosen. DS_BUILD_OPS=0: DeepSpeed compiles nothing.
 $(INSTALLED): pyproject.toml constraints.txt $(wildcard */__init__.py)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "error: $(PYTHON) is missing or older than 3.11; run make PYTHON=<path of python 3.11 or newer>" >&2; exit 1; }

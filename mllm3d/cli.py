@@ -65,9 +65,7 @@ def _add_train(commands: "argparse._SubParsersAction", common: argparse.Argument
     parser = commands.add_parser("train", parents=[common], help="train a model")
     _add_config_options(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the run's latest checkpoint")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print sizes, steps, memory and hours; train nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="print sizes, steps, memory and hours; train nothing")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher inserts it
     parser.set_defaults(command=_train)
 
@@ -108,9 +106,7 @@ def _rank() -> int:
 def _add_eval(commands: "argparse._SubParsersAction", common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser("eval", parents=[common], help="evaluate a trained model")
     _add_config_options(parser)
-    parser.add_argument(
-        "--checkpoint", type=Path, help="folder to evaluate; default: the run's latest checkpoint"
-    )
+    parser.add_argument("--checkpoint", type=Path, help="folder to evaluate; default: the run's latest checkpoint")
     parser.add_argument("--device", help="for example cuda:1 or cpu; default: a GPU where there is one")
     parser.set_defaults(command=_eval)
 
@@ -125,9 +121,7 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _add_config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="a YAML file, or its name in configs/")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------
@@ -138,22 +132,16 @@ def _add_predict(commands: "argparse._SubParsersAction", common: argparse.Argume
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="released folder, run, or RUN/checkpoints/step_N"
     )
-    parser.add_argument(
-        "--volume", type=Path, required=True, help="NIfTI, NRRD, MHA, .npy or a DICOM series folder"
-    )
+    parser.add_argument("--volume", type=Path, required=True, help="NIfTI, NRRD, MHA, .npy or a DICOM series folder")
     parser.add_argument("--prior", type=Path, help="an earlier scan of the same patient")
     parser.add_argument("--question", required=True)
     parser.add_argument("--modality", choices=("ct", "mr"), default="ct", help="how intensities are scaled")
-    parser.add_argument(
-        "--mode", choices=("scheduled", "none", "random"), default="scheduled", help="token dropping"
-    )
+    parser.add_argument("--mode", choices=("scheduled", "none", "random"), default="scheduled", help="token dropping")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer, in tokens")
     parser.add_argument("--device", help="for example cuda:1 or cpu; default: a GPU where there is one")
     parser.add_argument("--json", action="store_true", help="print the answer with keep rate and timing")
     parser.add_argument("--evidence", type=Path, metavar="PNG", help="draw which tokens stayed")
-    parser.add_argument(
-        "--evidence-nifti", type=Path, metavar="NII", help="the same as a mask on the scan's own grid"
-    )
+    parser.add_argument("--evidence-nifti", type=Path, metavar="NII", help="the same as a mask on the scan's own grid")
     parser.set_defaults(command=_predict)
 
 
@@ -183,13 +171,9 @@ def _release(args: argparse.Namespace) -> int:
 
 
 def _add_config(commands: "argparse._SubParsersAction", common: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser(
-        "config", parents=[common], help="print resolved settings and where they come from"
-    )
+    parser = commands.add_parser("config", parents=[common], help="print resolved settings and where they come from")
     parser.add_argument("config", metavar="NAME", help="a YAML file, or its name in configs/")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
     parser.add_argument("--explain", action="store_true", help="print what each setting means")
     parser.set_defaults(command=_config)
 
@@ -202,16 +186,10 @@ def _config(args: argparse.Namespace) -> int:
 
 
 def _add_data(commands: "argparse._SubParsersAction", common: argparse.ArgumentParser) -> None:
-    actions = commands.add_parser("data", help="look after data").add_subparsers(
-        required=True, metavar="action"
-    )
-    check = actions.add_parser(
-        "check", parents=[common], help="read every row and volume, report all problems"
-    )
+    actions = commands.add_parser("data", help="look after data").add_subparsers(required=True, metavar="action")
+    check = actions.add_parser("check", parents=[common], help="read every row and volume, report all problems")
     check.add_argument("manifest", type=Path, help="JSON Lines file")
-    check.add_argument(
-        "--workers", type=int, default=0, help="processes that read volumes; 0: none besides this"
-    )
+    check.add_argument("--workers", type=int, default=0, help="processes that read volumes; 0: none besides this")
     check.set_defaults(command=_data_check)
 
 

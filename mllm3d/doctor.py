@@ -94,11 +94,7 @@ def deepspeed_ops() -> str:
     """Whether DeepSpeed's own kernels could be compiled (the default settings need none of them)."""
     tools = {name: shutil.which(name) for name in ("nvcc", "g++", "ninja")}
     missing = [name for name, path in tools.items() if path is None]
-    return (
-        f"cannot be compiled, no {', '.join(missing)}; none is needed"
-        if missing
-        else "compiled when asked for"
-    )
+    return f"cannot be compiled, no {', '.join(missing)}; none is needed" if missing else "compiled when asked for"
 
 
 def _torch_cuda() -> str | None:

@@ -51,9 +51,7 @@ def _varlen_usable(query: Tensor) -> bool:
     return varlen_attn is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], causal: bool, scale: float
-) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], causal: bool, scale: float) -> Tensor:
     """torch's own variable-length kernel (CUDA, half precision). Its causal switch changed its name in 2.12."""
     key, value = _match_heads(query, key, value)
     bounds = torch.tensor(offsets(lengths), dtype=torch.int32).to(query.device, non_blocking=True)
@@ -64,9 +62,9 @@ def _varlen(
         options["is_causal"] = causal
     elif causal:
         options["window_size"] = (-1, 0)
-    flat = [x.transpose(0, 1).contiguous() for x in (query, key, value)]
-    longest = max(lengths)
-    return varlen_attn(*flat, bounds, bounds, longest, longest, **options).transpose(0, 1)
+    q, k, v = (x.transpose(0, 1).contiguous() for x in (query, key, value))
+    out: Any = varlen_attn(q, k, v, bounds, bounds, max(lengths), max(lengths), **options)
+    return out.transpose(0, 1)
 
 
 def packed_attention(
@@ -86,17 +84,14 @@ def packed_attention(
         return _varlen(query, key, value, lengths, causal, scale)
     key, value = _match_heads(query, key, value)
     if len(set(lengths)) == 1:  # equal lengths: one batched call
-        batch = [x.unflatten(1, (len(lengths), -1)).transpose(0, 1) for x in (query, key, value)]
-        out = F.scaled_dot_product_attention(*batch, is_causal=causal, scale=scale)
+        q, k, v = (x.unflatten(1, (len(lengths), -1)).transpose(0, 1) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
         return out.transpose(0, 1).flatten(1, 2)
     parts = zip(query.split(lengths, 1), key.split(lengths, 1), value.split(lengths, 1), strict=True)
-    return torch.cat(
-        [
-            F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=causal, scale=scale)[0]
-            for q, k, v in parts
-        ],
-        dim=1,
-    )
+    each = [
+        F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=causal, scale=scale)[0] for q, k, v in parts
+    ]
+    return torch.cat(each, dim=1)
 
 
 def suffix_mask(prefix: int, suffixes: list[int], device: torch.device) -> Tensor:
@@ -188,9 +183,7 @@ class TreePlan(Plan):
             v = torch.cat([value[:, branch.prefix], value[:, branch.suffix]], dim=1)
             q = query[:, branch.suffix]
             mask = branch.mask(query.device)
-            parts.append(
-                F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scale)[0]
-            )
+            parts.append(F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scale)[0])
         return torch.cat(parts, dim=1)
 
 

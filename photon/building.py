@@ -25,9 +25,7 @@ PatchInit = Literal["inflate", "fresh"]
 
 def photon_config(values: dict[str, Any]) -> PhotonConfig:
     """A Photon configuration with a backbone's shapes (``config.to_dict()`` of Qwen2.5-VL, or of ``BACKBONES``)."""
-    values = {
-        k: v for k, v in values.items() if k not in ("model_type", "architectures", "transformers_version")
-    }
+    values = {k: v for k, v in values.items() if k not in ("model_type", "architectures", "transformers_version")}
     return PhotonConfig(**copy.deepcopy(values))
 
 
@@ -42,9 +40,7 @@ def read_config(source: str | Path) -> PhotonConfig:
     if isinstance(config, PhotonConfig):
         return config
     if config.model_type != "qwen2_5_vl":
-        raise ValueError(
-            f"{source}: a checkpoint of {config.model_type!r}; Photon starts from qwen2_5_vl or photon"
-        )
+        raise ValueError(f"{source}: a checkpoint of {config.model_type!r}; Photon starts from qwen2_5_vl or photon")
     return photon_config(config.to_dict())
 
 
@@ -67,9 +63,7 @@ def read_model(source: str | Path, dtype: torch.dtype = torch.float32) -> Photon
 
 def _strictly(family: Any, source: str | Path, dtype: torch.dtype) -> Any:
     """``from_pretrained`` that fails where the library would leave a weight random or unused."""
-    model, report = family.from_pretrained(
-        source, dtype=dtype, output_loading_info=True, use_safetensors=True
-    )
+    model, report = family.from_pretrained(source, dtype=dtype, output_loading_info=True, use_safetensors=True)
     wrong = {name: sorted(map(str, keys)) for name, keys in report.items() if keys}
     if wrong:
         named = "; ".join(f"{name.replace('_', ' ')}: {', '.join(keys[:5])}" for name, keys in wrong.items())
@@ -96,6 +90,18 @@ def transplant(weights: dict[str, Tensor], model: nn.Module, fresh: tuple[str, .
     model.tie_weights()  # type: ignore[operator]
 
 
+def patched_config(
+    config: PhotonConfig, size: Size3, channels: int, temporal_step: float | None = None
+) -> PhotonConfig:
+    """A copy of ``config`` for patches of ``size`` (depth, height, width)."""
+    config = copy.deepcopy(config)
+    config.vision_config.temporal_patch_size = size[0]
+    config.vision_config.patch_size = size[1] if size[1] == size[2] else [size[1], size[2]]
+    config.vision_config.in_channels = channels
+    config.slices_per_frame, config.temporal_step = 1, temporal_step
+    return config
+
+
 def with_patches(
     model: PhotonForConditionalGeneration,
     size: Size3,
@@ -115,12 +121,8 @@ def with_patches(
     """
     if init == "inflate" and channels != 1:
         raise ValueError(f"patch_init: inflate makes one input channel, {channels} were asked for; use fresh")
-    config = copy.deepcopy(model.config)
-    before = config.patches
-    config.vision_config.temporal_patch_size = size[0]
-    config.vision_config.patch_size = size[1] if size[1] == size[2] else [size[1], size[2]]
-    config.vision_config.in_channels = channels
-    config.slices_per_frame, config.temporal_step = 1, temporal_step
+    before = model.config.patches
+    config = patched_config(model.config, size, channels, temporal_step)
     weights = model.state_dict()
     kernel = weights.pop(PATCH_WEIGHT)
     if init == "inflate":

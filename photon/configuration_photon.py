@@ -103,9 +103,7 @@ class PhotonConfig(Qwen2_5_VLConfig):
         settings = self.scheduling_settings or SchedulingSettings()
         layer = max(1, self.text_config.num_hidden_layers // 4) if settings.layer is None else settings.layer
         if not 1 <= layer < self.text_config.num_hidden_layers:
-            raise ValueError(
-                f"scheduling.layer: {layer} is not in 1..{self.text_config.num_hidden_layers - 1}"
-            )
+            raise ValueError(f"scheduling.layer: {layer} is not in 1..{self.text_config.num_hidden_layers - 1}")
         return layer
 
     @property

@@ -155,9 +155,7 @@ class PhotonModel(PhotonPreTrainedModel):
         if visual_embeds is None:
             return embeds
         if len(visual_embeds) != len(layout.visual):
-            raise ValueError(
-                f"pixel_values_videos: {len(visual_embeds)} tokens for {len(layout.visual)} places"
-            )
+            raise ValueError(f"pixel_values_videos: {len(visual_embeds)} tokens for {len(layout.visual)} places")
         return embeds.index_copy(0, layout.visual, visual_embeds.to(embeds.dtype))
 
     def run(self, hidden: Tensor, layers: range, rotary: tuple[Tensor, Tensor], plan: Plan) -> Tensor:
@@ -167,9 +165,7 @@ class PhotonModel(PhotonPreTrainedModel):
             x = self.language_model.layers[i](x, attention_mask=None, position_embeddings=rotary, plan=plan)
         return x[0]
 
-    def schedule(
-        self, layout: Layout, watched: tuple[Tensor, Tensor], random_seeds: Tensor | None
-    ) -> Retention:
+    def schedule(self, layout: Layout, watched: tuple[Tensor, Tensor], random_seeds: Tensor | None) -> Retention:
         """Which visual tokens each row keeps (Eq. 3-9), from the queries and keys of the scheduling layer."""
         assert self.scheduling is not None
         query, key = (x.detach().float() if self.scheduling.detach else x.float() for x in watched)
@@ -235,9 +231,7 @@ class PhotonModel(PhotonPreTrainedModel):
         layers = self.config.text_config.num_hidden_layers
         scheduled = self.scheduling is not None and reduction != "none" and len(layout.visual) > 0
         split = self.config.scheduling_layer if scheduled else layers
-        tree = TreePlan(
-            layout.prefix_lengths, layout.suffix_lengths, record, watch=split - 1 if scheduled else None
-        )
+        tree = TreePlan(layout.prefix_lengths, layout.suffix_lengths, record, watch=split - 1 if scheduled else None)
         hidden = self.run(hidden, range(split), rotary, tree)
         if not scheduled:
             return Packed(hidden, None, None, tree.keys_values, split)
@@ -410,12 +404,12 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
             table = below if layer < packed.split else above
             cache.update(_pad_keys(key, table), _pad_keys(value, table), layer)
             masks.append(table >= 0)
-        cache.photon = DecodeState(masks, layout.next_position[order])  # type: ignore[attr-defined]
+        cache.photon = DecodeState(masks, layout.next_position[order])
         return cache
 
     def _decode(self, input_ids: Tensor, cache: Cache) -> PhotonOutput:
         """One more token per row, ``(R, 1)``, on a cache that :meth:`_fill` began."""
-        state: DecodeState = cache.photon  # type: ignore[attr-defined]
+        state: DecodeState = cache.photon
         if input_ids.shape[1] != 1:
             raise ValueError(f"input_ids: {input_ids.shape[1]} tokens on a filled cache, expected 1")
         text = self.model.language_model

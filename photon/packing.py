@@ -11,6 +11,7 @@ synchronisation, for the number of tokens that stayed.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ class Layout:
 
     def to(self, device: torch.device | str) -> "Layout":
         """The same tables with their tensors on ``device``."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
@@ -142,9 +143,7 @@ def _instruction(suffix: list[int], tokens: SpecialTokens) -> range:
 def _padded(rows: list[list[int]]) -> Tensor:
     """Rows of unequal length as one tensor, -1 behind the end."""
     width = max((len(r) for r in rows), default=0)
-    return torch.tensor([r + [-1] * (width - len(r)) for r in rows], dtype=torch.long).reshape(
-        len(rows), width
-    )
+    return torch.tensor([r + [-1] * (width - len(r)) for r in rows], dtype=torch.long).reshape(len(rows), width)
 
 
 @dataclass
@@ -169,9 +168,7 @@ def _groups(
         prefix = ids[rows[0]][: _prefix_length(ids[rows[0]], tokens)]
         for row in rows[1:]:
             if ids[row][: len(prefix)] != prefix or _prefix_length(ids[row], tokens) != len(prefix):
-                raise ValueError(
-                    f"group_index: rows {rows[0]} and {row} share a volume but not the text before it"
-                )
+                raise ValueError(f"group_index: rows {rows[0]} and {row} share a volume but not the text before it")
         count = len(visual_runs(prefix, tokens.video))
         groups.append(_Group(rows, [(g[0], g[1], g[2]) for g in grids[used : used + count]], prefix))
         used += count
@@ -256,9 +253,7 @@ def pack(
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     columns = [m.nonzero()[:, 0] for m in mask.bool().cpu()]
     ids = [row[c].tolist() for row, c in zip(input_ids.cpu(), columns, strict=True)]
-    targets = [
-        [IGNORE] * len(c) if labels is None else labels[r].cpu()[c].tolist() for r, c in enumerate(columns)
-    ]
+    targets = [[IGNORE] * len(c) if labels is None else labels[r].cpu()[c].tolist() for r, c in enumerate(columns)]
     groups = _groups(ids, list(range(rows)) if group_index is None else group_index.tolist(), grids, tokens)
 
     tables = _Tables(tokens, geometry)

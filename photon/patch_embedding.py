@@ -50,11 +50,7 @@ def patchify(volume: Tensor, geometry: PatchGeometry) -> tuple[Tensor, Size3]:
     (depth, height, width), frame = geometry.size, geometry.slices_per_frame
     full = (grid[0] * depth * frame, grid[1] * height, grid[2] * width)
     if tuple(volume.shape) != full:
-        pad = [
-            n
-            for have, want in zip(reversed(volume.shape), reversed(full), strict=True)
-            for n in (0, want - have)
-        ]
+        pad = [n for have, want in zip(reversed(volume.shape), reversed(full), strict=True) for n in (0, want - have)]
         volume = F.pad(volume, pad, value=float(volume.min()))
     if frame > 1:
         volume = rearrange(volume, "(t f) h w -> t f h w", f=frame).mean(1)
@@ -82,9 +78,7 @@ def inflate(kernel: Tensor, size: Size3, std: float, image_std: Sequence[float] 
         ``(V, d h w)``.
     """
     frames = kernel.shape[2]
-    grey = torch.einsum(
-        "vcfhw,c->vfhw", kernel.float(), kernel.new_tensor([std / s for s in image_std]).float()
-    )
+    grey = torch.einsum("vcfhw,c->vfhw", kernel.float(), kernel.new_tensor([std / s for s in image_std]).float())
     owner = torch.arange(size[0]) * frames // size[0]
     spread = F.one_hot(owner, frames).float().T  # (frames, d)
     grey = torch.einsum("vfhw,fd->vdhw", grey, spread / spread.sum(1, keepdim=True).clamp(min=1))

@@ -84,7 +84,7 @@ class PhotonProcessor(ProcessorMixin):
         if not messages:
             raise ValueError("messages: at least one conversation is needed")
         chats = [messages] if isinstance(messages[0], dict) else messages
-        return BatchFeature(self.batch([VolumeChats(volumes or [], list(chats))], padding_side))  # type: ignore[arg-type]
+        return BatchFeature(self.batch([VolumeChats(volumes or [], list(chats))], padding_side))
 
     def batch(self, groups: list[VolumeChats], padding_side: str = "right") -> dict[str, Tensor]:
         """Tensors of several groups; rows of one group share its volumes.
@@ -131,9 +131,7 @@ class PhotonProcessor(ProcessorMixin):
         """Repeat each ``<|video_pad|>`` to the tokens of its volume."""
         pad = self.tokenizer.convert_tokens_to_ids("<|video_pad|>")
         if ids.count(pad) != len(counts):
-            raise ValueError(
-                f"messages: {ids.count(pad)} <|video_pad|> in the text for {len(counts)} volumes"
-            )
+            raise ValueError(f"messages: {ids.count(pad)} <|video_pad|> in the text for {len(counts)} volumes")
         remaining = iter(counts)
         return [x for i in ids for x in ([i] * next(remaining) if i == pad else [i])]
 
@@ -143,8 +141,7 @@ class PhotonProcessor(ProcessorMixin):
 
         def stack(values: list[list[int]], fill: int) -> Tensor:
             padded = [
-                [fill] * (width - len(v)) + v if side == "left" else v + [fill] * (width - len(v))
-                for v in values
+                [fill] * (width - len(v)) + v if side == "left" else v + [fill] * (width - len(v)) for v in values
             ]
             return torch.tensor(padded)
 

@@ -99,9 +99,7 @@ def instruction_weights(query: Tensor, key: Tensor, present: Tensor) -> Tensor:
     affinity = torch.einsum("rqje,rpje->rqp", query.sum(3), key) / (key.shape[2] * groups)
     affinity = (affinity * query.shape[-1] ** -0.5).clamp(min=0)
     others = (
-        present[:, :, None]
-        & present[:, None]
-        & ~torch.eye(present.shape[1], dtype=torch.bool, device=query.device)
+        present[:, :, None] & present[:, None] & ~torch.eye(present.shape[1], dtype=torch.bool, device=query.device)
     )
     centrality = (affinity * others).sum(-1)
     total = centrality.sum(1, keepdim=True)
@@ -179,14 +177,12 @@ class ThresholdPredictor(nn.Module):
 
     def __init__(self, width: int, scale: float, bias: float) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            PredictorLinear(FEATURES, width, 0.0), nn.GELU(), PredictorLinear(width, 1, bias)
-        )
+        self.mlp = nn.Sequential(PredictorLinear(FEATURES, width, 0.0), nn.GELU(), PredictorLinear(width, 1, bias))
         self.scale = scale
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden = features.to(self.mlp[0].weight.dtype)
-        return self.mlp(hidden)[:, 0].float().sigmoid() * self.scale
+        first: nn.Linear = self.mlp[0]  # type: ignore[assignment]
+        return self.mlp(features.to(first.weight.dtype))[:, 0].float().sigmoid() * self.scale
 
 
 def retention_probability(saliency: Tensor, threshold: Tensor, temperature: float) -> Tensor:

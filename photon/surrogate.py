@@ -108,9 +108,7 @@ class DropTokens(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, probability, index, cell, kept, valid, sample_scale = ctx.saved_tensors
         grad = grads[0]
-        restored = (
-            torch.zeros_like(hidden).index_add_(0, index, grad) if ctx.needs_input_grad[0] else None
-        )  # Eq. 11
+        restored = torch.zeros_like(hidden).index_add_(0, index, grad) if ctx.needs_input_grad[0] else None  # Eq. 11
         if not ctx.needs_input_grad[1]:
             return restored, *[None] * 8
         product = hidden[index].float() * grad.float()
@@ -119,8 +117,5 @@ class DropTokens(torch.autograd.Function):
         table = product.new_zeros(2, kept.numel() + 1)
         table.index_add_(1, place, torch.stack([product.sum(1), product.abs().sum(1)]))
         eta, magnitude = table[:, :-1].unflatten(1, kept.shape) * sample_scale[:, None]  # Eq. 12, 15
-        dq = (
-            surrogate_gradient(eta, magnitude, probability.float(), kept, valid, ctx.settings)
-            * ctx.row_weight
-        )
+        dq = surrogate_gradient(eta, magnitude, probability.float(), kept, valid, ctx.settings) * ctx.row_weight
         return restored, dq.to(probability.dtype), *[None] * 7

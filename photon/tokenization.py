@@ -50,8 +50,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
         show_progress=False,
     )
     core.train_from_iterator([CHAT_TEMPLATE, *sorted(texts)], trainer)
-    tokenizer = Qwen2Tokenizer(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token=None
-    )
+    tokenizer = Qwen2Tokenizer(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token=None)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

@@ -32,8 +32,8 @@ class PackedVisionAttention(Qwen2_5_VLVisionAttention):
         qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).permute(1, 0, 2, 3)
         assert position_embeddings is not None
         query, key = apply_rotary_pos_emb_vision(qkv[0], qkv[1], *position_embeddings)
-        heads_first = [x.transpose(0, 1) for x in (query, key, qkv[2])]
-        out = packed_attention(*heads_first, cu_seqlens.diff().tolist(), causal=False, scale=self.scaling)
+        query, key, value = (x.transpose(0, 1) for x in (query, key, qkv[2]))
+        out = packed_attention(query, key, value, cu_seqlens.diff().tolist(), causal=False, scale=self.scaling)
         return self.proj(out.transpose(0, 1).flatten(1))
 
 

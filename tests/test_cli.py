@@ -33,9 +33,7 @@ def rooms(monkeypatch):
     replace("mllm3d.training.estimate", "report", "36 layers")
     replace("mllm3d.evaluation.runner", "evaluate")
     replace("mllm3d.release.export", "release")
-    monkeypatch.setattr(
-        "mllm3d.cli.load", lambda name, overrides: SimpleNamespace(recipe="r", a=(name, overrides))
-    )
+    monkeypatch.setattr("mllm3d.cli.load", lambda name, overrides: SimpleNamespace(recipe="r", a=(name, overrides)))
     monkeypatch.setattr("mllm3d.registry.recipe_class", lambda name: lambda config: f"recipe {name}")
     return calls
 
@@ -96,10 +94,7 @@ def test_the_front_doors_open(program):
         check=False,
     )
     assert done.returncode == 2
-    assert (
-        done.stderr.startswith("error: config 'no_such_config': no such file")
-        and done.stderr.count("\n") == 1
-    )
+    assert done.stderr.startswith("error: config 'no_such_config': no such file") and done.stderr.count("\n") == 1
 
 
 def test_help_and_wrong_configs_need_no_heavy_library():
@@ -188,9 +183,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
 def test_output_that_nobody_reads_is_no_error():
     program = (
-        "import sys; from mllm3d import cli\n"
-        "cli._doctor = lambda args: print('x')\n"
-        "sys.exit(cli.main(['doctor']))"
+        "import sys; from mllm3d import cli\ncli._doctor = lambda args: print('x')\nsys.exit(cli.main(['doctor']))"
     )
     reader, writer = os.pipe()
     os.close(reader)

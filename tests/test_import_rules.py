@@ -129,11 +129,7 @@ def broken_rules(found: list[Import]) -> list[str]:
         if package in MODELS and item.top in MODELS and item.top != package:
             problems.append(f"{item}: model packages do not import each other")
         elif package in MODELS and not is_recipes:
-            if (
-                item.top != package
-                and item.top not in MODEL_LIBRARIES
-                and item.top not in sys.stdlib_module_names
-            ):
+            if item.top != package and item.top not in MODEL_LIBRARIES and item.top not in sys.stdlib_module_names:
                 problems.append(f"{item}: model files need only torch, transformers and einops")
         elif package == "mllm3d" and item.top in MODELS:
             problems.append(f"{item}: models are reached through the registry's strings")

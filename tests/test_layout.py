@@ -50,9 +50,7 @@ def test_no_file_or_function_is_too_long():
 def test_only_the_packages_are_importable(name, tmp_path):
     """From another folder: an editable installation that put the checkout on the path would show them all."""
     code = f"from importlib.util import find_spec; print(find_spec({name!r}))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert str(ROOT) not in done.stdout
 
 

@@ -159,9 +159,7 @@ def _paint_body(canvas: Canvas, habitus: Habitus, rng: np.random.Generator) -> n
     z, y, _ = grid.axes
     top = np.clip((z - 40) / 110, 0, 1) ** 2
     low = np.clip((-z - 10) / 100, 0, 1)
-    inner = _oval(
-        grid, -2, 80 * (1 - 0.15 * top + 0.4 * habitus.belly * low), 124 * (1 - 0.22 * top - 0.06 * low)
-    )
+    inner = _oval(grid, -2, 80 * (1 - 0.15 * top + 0.4 * habitus.belly * low), 124 * (1 - 0.22 * top - 0.06 * low))
     skin_y = 80 * 1.16 + habitus.fat_mm * (1 + 0.25 * low) + 80 * habitus.belly * low
     skin_x = 124 * 1.13 + habitus.fat_mm * 0.9 + 6 * top
     outer = _oval(grid, -2 - 0.15 * habitus.fat_mm, skin_y, skin_x)
@@ -230,9 +228,7 @@ def _paint_lung_vessels(scene: _Scene, sign: int, label: int) -> None:
     index = []
     for axis, (values, n) in enumerate(zip(grid.axes, grid.shape, strict=True)):
         step = values[1] - values[0]
-        index.append(
-            np.clip(np.rint((points[..., axis] - values[0]) / step), 0, n - 1).astype(np.intp).ravel()
-        )
+        index.append(np.clip(np.rint((points[..., axis] - values[0]) / step), 0, n - 1).astype(np.intp).ravel())
     hu = np.broadcast_to(np.linspace(-60, -600, steps)[None], (count, steps)).ravel()
     keep = canvas.labels[index[0], index[1], index[2]] == label
     index = [i[keep] for i in index]
@@ -393,9 +389,7 @@ def _paint_kidneys(scene: _Scene) -> None:
         box, mask = grid.ellipsoid(centre, radii, tilt)
         mask &= scene.cavity[box]
         scene.canvas.paint(box, mask, hu["cortex"], ORGANS[name])
-        scene.inside(
-            grid.ellipsoid(centre, (radii[0] - 9, radii[1] - 7, radii[2] - 7), tilt), hu["medulla"], name
-        )
+        scene.inside(grid.ellipsoid(centre, (radii[0] - 9, radii[1] - 7, radii[2] - 7), tilt), hu["medulla"], name)
         for height in (-0.55, 0.0, 0.55):
             column = grid.ellipsoid(
                 (centre[0] + height * radii[0], centre[1], centre[2]), (4, radii[1], radii[2]), tilt

@@ -41,11 +41,7 @@ def which_side(facts: Facts, subject: str) -> str | None:
         return None
     organ = " lung" if subject in ("lung nodule", "consolidation") else ""
     organ = " kidney" if subject.startswith("kidney") else organ
-    return (
-        f"Both {organ.strip() or 'side'}s"
-        if len(sides) == 2
-        else f"{sides[0].capitalize()}{organ or ' side'}"
-    )
+    return f"Both {organ.strip() or 'side'}s" if len(sides) == 2 else f"{sides[0].capitalize()}{organ or ' side'}"
 
 
 def more_prominent(facts: Facts, subject: str) -> str | None:
@@ -160,9 +156,7 @@ def organ_hu(facts: Facts, subject: str) -> float | None:
 
 def organ_volume(facts: Facts, subject: str) -> float | None:
     """One organ, or a pair of organs ("kidneys", "lungs"); findings inside count as the organ."""
-    names = (
-        (f"left {subject[:-1]}", f"right {subject[:-1]}") if subject in ("kidneys", "lungs") else (subject,)
-    )
+    names = (f"left {subject[:-1]}", f"right {subject[:-1]}") if subject in ("kidneys", "lungs") else (subject,)
     if any(name not in facts.organs for name in names):
         return None
     return sum(facts.organs[name].volume_ml for name in names)
@@ -288,9 +282,7 @@ def _grade(value: float, bounds: tuple[int, int, int], least: int) -> str:
 
 def _largest_of(facts: Facts, findings: tuple[str, ...]) -> str | None:
     """Which of some findings the largest single instance is, if clearly so."""
-    return _clearly_first(
-        {name: facts.instances[name][0].volume_ml for name in findings if facts.instances[name]}
-    )
+    return _clearly_first({name: facts.instances[name][0].volume_ml for name in findings if facts.instances[name]})
 
 
 def lesion_class(facts: Facts, subject: str) -> str | None:

@@ -58,11 +58,7 @@ def make_rows(entries: Sequence[Entry], seed: int, tasks: Sequence[str], biased:
             for subject in kind.subjects if kind.task.name in tasks else ():
                 name = "|".join((str(seed), split, kind.task.name, str(kind.subtask), kind.name, subject))
                 rng = random.Random(name)
-                posed = (
-                    _biased(kind, subject, facts, rng)
-                    if biased
-                    else _balanced(kind, subject, facts, rng, numbers)
-                )
+                posed = _biased(kind, subject, facts, rng) if biased else _balanced(kind, subject, facts, rng, numbers)
                 for question in posed:
                     asked[question.candidate.case].append((kind, subject, question))
     rows = []
@@ -152,13 +148,9 @@ def _history(rng: random.Random, last: bool | None = None) -> str:
     return str(scans)
 
 
-def _word(
-    kind: Kind, subject: str, rng: random.Random, history: str = "", slices: int = 0, template: str = ""
-) -> str:
+def _word(kind: Kind, subject: str, rng: random.Random, history: str = "", slices: int = 0, template: str = "") -> str:
     phrasing = rng.choice(TEMPLATES[template or kind.name])
-    return phrasing.format(
-        x=subject, a=with_article(subject), xs=plural(subject), history=history, slices=slices
-    )
+    return phrasing.format(x=subject, a=with_article(subject), xs=plural(subject), history=history, slices=slices)
 
 
 def _row(entry: Entry, number: int, kind: Kind, subject: str, asked: Asked) -> Row:

@@ -73,9 +73,7 @@ class Atlas:
             raise UserError(f"{mapping}: no name for label {unnamed[0]} of {label_map}; add it")
         for i in found:
             if _rule(names[i]) is None:
-                raise UserError(
-                    f"{mapping}: {names[i]!r} is not a structure that can be painted; {_hint(names[i])}"
-                )
+                raise UserError(f"{mapping}: {names[i]!r} is not a structure that can be painted; {_hint(names[i])}")
         if not any((rule := _rule(names[i])) and rule[1] for i in found):
             raise UserError(f"{label_map}: holds no organ of the phantom; pass a chest or abdomen label map")
         return cls(volume.array, volume.spacing_mm, names)
@@ -88,9 +86,7 @@ class Atlas:
     def draw_pair(self, seed: int, options: SceneOptions | None = None) -> tuple[Case, Case]:
         """Prior and current scan of one warped copy of the atlas (see ``scene.draw_pair``)."""
         options = options or SceneOptions()
-        prior, current = render(
-            seed, plan_pair(stream(seed, "pair"), options.shares), self._painter(seed, options)
-        )
+        prior, current = render(seed, plan_pair(stream(seed, "pair"), options.shares), self._painter(seed, options))
         return prior, current
 
     def _painter(self, seed: int, options: SceneOptions) -> Painter:
@@ -100,9 +96,7 @@ class Atlas:
         step = [round(max(a, b), 3) for a, b in zip(nominal, self.spacing_mm, strict=True)]
         size = [n * mm for n, mm in zip(self.labels.shape, self.spacing_mm, strict=True)]
         shape = [max(int(a / b), 1) for a, b in zip(size, step, strict=True)]
-        grid = Grid.make(
-            (shape[0], shape[1], shape[2]), (step[0], step[1], step[2]), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
-        )
+        grid = Grid.make((shape[0], shape[1], shape[2]), (step[0], step[1], step[2]), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
         warped = warp(self.labels, self.spacing_mm, grid, rng)
         fat_mm, density = rng.uniform(0.6, 1.4) * SKIN_MM, rng.normal(0, 22)
 
@@ -136,9 +130,7 @@ class Atlas:
         return canvas
 
 
-def paint_atlas(
-    label_map: Path | str, mapping: Path | str, seed: int, options: SceneOptions | None = None
-) -> Case:
+def paint_atlas(label_map: Path | str, mapping: Path | str, seed: int, options: SceneOptions | None = None) -> Case:
     """One phantom scan with the anatomy of a label map; use ``Atlas`` to draw several from one file."""
     return Atlas.load(label_map, mapping).draw(seed, options)
 
@@ -153,9 +145,7 @@ def read_mapping(path: Path) -> dict[int, str]:
             f"{path}: cannot be read ({error.strerror}); pass a JSON file with the labels' names"
         ) from error
     except (ValueError, AttributeError) as error:
-        raise UserError(
-            f'{path}: not a JSON object of label names; write it as {{"1": "spleen", ...}}'
-        ) from error
+        raise UserError(f'{path}: not a JSON object of label names; write it as {{"1": "spleen", ...}}') from error
     if any(not 0 <= i <= 255 for i in names):
         raise UserError(f"{path}: label ids must lie between 0 and 255")
     return names

@@ -94,9 +94,7 @@ def _chains(values: Sequence[float], size: int, count: int) -> list[list[int]] |
     return chains
 
 
-def skew(
-    candidates: Sequence[Candidate], majority: float, rng: random.Random, key: Hashable = None
-) -> list[Candidate]:
+def skew(candidates: Sequence[Candidate], majority: float, rng: random.Random, key: Hashable = None) -> list[Candidate]:
     """Drop candidates until the commonest answer makes up ``majority`` of them (the biased version).
 
     ``key`` names the answer that is to be the majority; None takes the commonest.

@@ -25,9 +25,7 @@ class Grid:
     axes: tuple[np.ndarray, np.ndarray, np.ndarray]
 
     @classmethod
-    def make(
-        cls, shape: tuple[int, int, int], spacing_mm: Triple, scale: Triple, offset_mm: Triple
-    ) -> "Grid":
+    def make(cls, shape: tuple[int, int, int], spacing_mm: Triple, scale: Triple, offset_mm: Triple) -> "Grid":
         axes = [
             (((np.arange(n) - (n - 1) / 2) * step - off) / size).astype(np.float32)
             for n, step, off, size in zip(shape, spacing_mm, offset_mm, scale, strict=True)

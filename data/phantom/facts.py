@@ -99,9 +99,7 @@ def facts_of(scan: Scan, prior: Scan | None = None) -> Facts:
         phase=scan.phase,
         hu=dict(scan.painted_hu),
         organs={name: _organ(measured, name) for name in ORGANS if measured.visible(name)},
-        instances={
-            name: tuple(_instance(measured, part) for part in measured.components(name)) for name in FINDINGS
-        },
+        instances={name: tuple(_instance(measured, part) for part in measured.components(name)) for name in FINDINGS},
         states=frozenset(name for name in STATES if measured.present(name)),
         thickness_mm={name: _thickness(measured, name) for name in FLUID if measured.present(name)},
         heart_ratio=measured.cardiothoracic_ratio(),

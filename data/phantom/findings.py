@@ -104,9 +104,7 @@ def place_findings(
 # ---- fluid: the voxels that fill first, up to a volume ----
 
 
-def _fill(
-    canvas: Canvas, box: Box, order: np.ndarray, free: np.ndarray, voxels: int, hu: float, finding: str
-) -> None:
+def _fill(canvas: Canvas, box: Box, order: np.ndarray, free: np.ndarray, voxels: int, hu: float, finding: str) -> None:
     """Paint the ``voxels`` free voxels that come first in ``order``, less any cut off from the rest."""
     values = order[free]
     if values.size == 0 or voxels <= 0:
@@ -117,9 +115,7 @@ def _fill(
         canvas.paint(box, mask, hu, FINDINGS[finding])
 
 
-def _pleural_effusion(
-    canvases: Sequence[Canvas], severities: Sequence[Severity], rng: np.random.Generator
-) -> None:
+def _pleural_effusion(canvases: Sequence[Canvas], severities: Sequence[Severity], rng: np.random.Generator) -> None:
     sides = (LUNGS[:1], LUNGS[1:], LUNGS)[int(rng.choice(3, p=(0.4, 0.4, 0.2)))]
     for lung in LUNGS:
         steep, hu, share = rng.uniform(0.35, 0.6), rng.uniform(2, 18), rng.uniform(0.9, 1.1)
@@ -138,9 +134,7 @@ def _pleural_effusion(
             _fill(canvas, box, order, where[box], voxels, hu, "pleural effusion")
 
 
-def _pericardial_effusion(
-    canvases: Sequence[Canvas], severities: Sequence[Severity], rng: np.random.Generator
-) -> None:
+def _pericardial_effusion(canvases: Sequence[Canvas], severities: Sequence[Severity], rng: np.random.Generator) -> None:
     """Fluid around the heart, over a thin coat of fat. Its volume is set from the first scan's heart, so that
     an unchanged effusion keeps its volume when the heart grows."""
     hu, lean = rng.uniform(2, 18), rng.uniform(0.1, 0.3)
@@ -168,9 +162,7 @@ def _pericardial_effusion(
 # ---- consolidation: a lobulated patch ----
 
 
-def _consolidation(
-    canvases: Sequence[Canvas], severities: Sequence[Severity], rng: np.random.Generator
-) -> None:
+def _consolidation(canvases: Sequence[Canvas], severities: Sequence[Severity], rng: np.random.Generator) -> None:
     count = 1 + int(rng.random() < 0.25)
     if all(s is None for s in severities) or max(canvases[0].grid.spacing_mm) > CONSOLIDATION_MM[0] / 4:
         return
@@ -206,9 +198,7 @@ def _place_patch(
             return
 
 
-def _lobulated(
-    grid: Grid, centre: Sequence[np.intp], diameter: float, lobes: np.ndarray
-) -> tuple[Box, np.ndarray]:
+def _lobulated(grid: Grid, centre: Sequence[np.intp], diameter: float, lobes: np.ndarray) -> tuple[Box, np.ndarray]:
     """A union of overlapping balls about ``diameter`` millimetres across; empty where that is 0."""
     box = _box_around(grid, centre, [diameter * 0.6] * 3)
     offsets = _offsets_mm(grid, box, centre)
@@ -238,9 +228,7 @@ def _lesions(
         shape = rng.uniform(0.92, 1.08, 3)
         radii = [_radii(grid, site, s, shape) for s in severities]
         if centres.size and all(r is not None for r in radii):
-            _place_lesion(
-                canvases, site, centres, [r for r in radii if r is not None], tissues, contrast, rng
-            )
+            _place_lesion(canvases, site, centres, [r for r in radii if r is not None], tissues, contrast, rng)
 
 
 def _radii(grid: Grid, site: Site, severity: Severity, shape: np.ndarray) -> np.ndarray | None:
@@ -272,9 +260,7 @@ def _beside_the_spine(canvas: Canvas) -> np.ndarray:
     spine = canvas.labels == ORGANS["spine"]
     region = np.zeros(canvas.labels.shape, bool)
     if spine.any():
-        _, h, w = (
-            np.flatnonzero(spine.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)
-        )
+        _, h, w = (np.flatnonzero(spine.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3))
         step_h, step_w = canvas.grid.spacing_mm[1:]
         middle = float((spine.sum((0, 1)) * np.arange(spine.shape[2])).sum() / spine.sum())
         front = int(h[0])
@@ -395,9 +381,7 @@ def min_extent(mask: np.ndarray) -> int:
 
 def largest_component(mask: np.ndarray) -> np.ndarray:
     """The largest 26-connected part of a mask (ties: the first in memory order)."""
-    found = sitk.GetArrayFromImage(
-        sitk.ConnectedComponent(sitk.GetImageFromArray(mask.astype(np.uint8)), True)
-    )
+    found = sitk.GetArrayFromImage(sitk.ConnectedComponent(sitk.GetImageFromArray(mask.astype(np.uint8)), True))
     sizes = np.bincount(found.ravel())
     return np.asarray(found == 1 + int(sizes[1:].argmax())) if sizes.size > 1 else mask
 

@@ -88,9 +88,7 @@ class Measured:
         if finding == "cardiomegaly":
             return (self.cardiothoracic_ratio() or 0) > CARDIOMEGALY_RATIO
         if finding == "splenomegaly":
-            return (
-                self.volume_ml("spleen") > SPLENOMEGALY_ML or (self.spleen_extent_mm() or 0) > SPLENOMEGALY_MM
-            )
+            return self.volume_ml("spleen") > SPLENOMEGALY_ML or (self.spleen_extent_mm() or 0) > SPLENOMEGALY_MM
         if finding == "fatty liver":
             deficit = self.liver_deficit_hu()
             return deficit is not None and deficit >= FATTY_LIVER_HU
@@ -102,11 +100,7 @@ class Measured:
             return self._ml(self.counts[FINDINGS[name]])
         voxels = int(self.counts[ORGANS[name]])
         for finding in PARTS.get(name, ()):
-            own = [
-                c
-                for c in self.components(finding)
-                if name[:5] not in ("left ", "right") or self.host(c) == name
-            ]
+            own = [c for c in self.components(finding) if name[:5] not in ("left ", "right") or self.host(c) == name]
             voxels += sum(c.voxels for c in own)
         return self._ml(voxels)
 
@@ -147,9 +141,7 @@ class Measured:
             first = slice_mask[rows].argmax(axis=1)
             last = slice_mask.shape[1] - 1 - slice_mask[rows][:, ::-1].argmax(axis=1)
             down = np.abs(rows[:, None] - rows[None]) * step_h
-            across = (
-                np.maximum(np.abs(last[:, None] - first[None]), np.abs(last[None] - first[:, None])) * step_w
-            )
+            across = np.maximum(np.abs(last[:, None] - first[None]), np.abs(last[None] - first[:, None])) * step_w
             best = max(best, float(np.sqrt(down**2 + across**2).max()))
         return best + (step_h + step_w) / 2
 
@@ -242,9 +234,7 @@ def mirror(labels: np.ndarray) -> np.ndarray:
 
 
 def _grow(box: tuple[slice, ...], margin: int, shape: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(
-        slice(max(s.start - margin, 0), min(s.stop + margin, n)) for s, n in zip(box, shape, strict=True)
-    )
+    return tuple(slice(max(s.start - margin, 0), min(s.stop + margin, n)) for s, n in zip(box, shape, strict=True))
 
 
 def widest(mask: np.ndarray) -> int:

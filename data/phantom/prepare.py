@@ -10,8 +10,8 @@ import argparse
 import json
 import multiprocessing
 import random
-import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -149,9 +149,7 @@ def run_jobs(
         return _watched(pool.imap(work, jobs, chunksize=max(1, min(8, len(jobs) // workers))), len(jobs))
 
 
-def _watched(
-    results: Iterable[tuple[Entry, dict[str, object]]], total: int
-) -> list[tuple[Entry, dict[str, object]]]:
+def _watched(results: Iterable[tuple[Entry, dict[str, object]]], total: int) -> list[tuple[Entry, dict[str, object]]]:
     return list(tqdm(results, total=total, desc="phantoms", unit="case", disable=None))
 
 
@@ -199,9 +197,7 @@ def summarise(args: argparse.Namespace, entries: Sequence[Entry], rows: Sequence
         "splits": dict(Counter(entry.split for entry in entries)),
         "questions": dict(Counter(row.task for row in rows)),
         "closed_questions": dict(Counter(row.task for row in rows if row.meta["closed"])),
-        "prevalence": {
-            name: round(sum(known.present(name) for known in facts) / len(facts), 3) for name in EVERYTHING
-        },
+        "prevalence": {name: round(sum(known.present(name) for known in facts) / len(facts), 3) for name in EVERYTHING},
         "phases": dict(sorted(Counter(known.phase for known in facts).items())),
     }
 
@@ -210,11 +206,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     try:
         check(args)
-        partial_root = args.out.with_name(args.out.name + ".partial")
-        # Left by a run that was interrupted; nothing in it is complete.
-        shutil.rmtree(partial_root, ignore_errors=True)
-        done = write_dataset(args, partial_root)
-        partial_root.rename(args.out)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        # An interrupted run leaves nothing behind that looks like a data set.
+        with tempfile.TemporaryDirectory(prefix=f".{args.out.name}-", dir=args.out.parent) as scratch:
+            root = Path(scratch) / args.out.name
+            done = write_dataset(args, root)
+            root.rename(args.out)
     except UserError as error:
         sys.exit(f"prepare.py: {error}")
     except OSError as error:

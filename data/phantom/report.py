@@ -1,4 +1,4 @@
-"""A findings report of one case from its measurements: a sentence or two per organ system, worded anew."""
+"""A findings report of one case from its measurements: a sentence or two per organ system."""
 
 import random
 from collections.abc import Callable
@@ -29,9 +29,7 @@ def write_report(facts: Facts, rng: random.Random) -> str:
 
 def _technique(facts: Facts, rng: random.Random) -> str:
     if facts.phase == "non-contrast":
-        return rng.choice(
-            ("Non-contrast CT of chest and abdomen.", "CT of chest and abdomen without contrast.")
-        )
+        return rng.choice(("Non-contrast CT of chest and abdomen.", "CT of chest and abdomen without contrast."))
     phrases = ("CT of chest and abdomen in the {} phase.", "Contrast-enhanced chest-abdomen CT, {} phase.")
     return rng.choice(phrases).format(facts.phase)
 
@@ -94,9 +92,7 @@ def _pericardium(facts: Facts, rng: random.Random) -> str:
 def _aorta(facts: Facts, rng: random.Random) -> str:
     count = len(facts.instances["arterial calcification"])
     if not count:
-        return rng.choice(
-            ("No arterial calcification.", "The aorta is unremarkable.", "Aortic wall without plaques.")
-        )
+        return rng.choice(("No arterial calcification.", "The aorta is unremarkable.", "Aortic wall without plaques."))
     many = "focus" if count == 1 else "foci"
     phrases = (
         f"Arterial calcification of the aorta, {_number(count)} {many}.",
@@ -143,9 +139,7 @@ def _spleen(facts: Facts, rng: random.Random) -> str:
 
 
 def _kidneys(facts: Facts, rng: random.Random) -> str:
-    sentences = [
-        _lesions(facts, name, rng) for name in ("kidney cyst", "kidney tumour") if facts.present(name)
-    ]
+    sentences = [_lesions(facts, name, rng) for name in ("kidney cyst", "kidney tumour") if facts.present(name)]
     clear = ("Both kidneys are unremarkable.", "No kidney cyst or tumour.", "Kidneys without focal lesion.")
     return " ".join(sentences) if sentences else rng.choice(clear)
 

@@ -17,9 +17,7 @@ def stored_spacing(spacing_mm: tuple[float, float, float]) -> tuple[float, float
     return d, h, w
 
 
-def write_nifti(
-    array: np.ndarray, spacing_mm: tuple[float, float, float], orientation: str, path: Path
-) -> None:
+def write_nifti(array: np.ndarray, spacing_mm: tuple[float, float, float], orientation: str, path: Path) -> None:
     """Write a canonical (D, H, W) array as .nii.gz with its axes stored as ``orientation`` says.
 
     The affine (RAS mm) puts the centre of the volume at the origin.
@@ -28,9 +26,7 @@ def write_nifti(
     affine = np.diag([-w, -h, d, 1.0])
     centre = (np.array(array.shape[::-1]) - 1) / 2
     affine[:3, 3] = -affine[:3, :3] @ centre
-    turn = orientations.ornt_transform(
-        orientations.axcodes2ornt("LPS"), orientations.axcodes2ornt(tuple(orientation))
-    )
+    turn = orientations.ornt_transform(orientations.axcodes2ornt("LPS"), orientations.axcodes2ornt(tuple(orientation)))
     image = nib.Nifti1Image(array.transpose(2, 1, 0), affine).as_reoriented(turn)
     image.header.set_xyzt_units("mm")
     image.set_sform(image.affine, code=1)

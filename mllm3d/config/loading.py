@@ -72,9 +72,7 @@ def find_config(name: str | Path) -> Path:
         for candidate in (folder / name, folder / f"{name}.yaml"):
             if candidate.is_file():
                 return candidate
-    raise UserError(
-        f"config {str(name)!r}: no such file, and no such name in configs/{_known_configs(str(name))}"
-    )
+    raise UserError(f"config {str(name)!r}: no such file, and no such name in configs/{_known_configs(str(name))}")
 
 
 def run_name(source: Path) -> Path:
@@ -154,9 +152,7 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> Layer:
         raise UserError(f"{where}: extends: the path of one file is needed, got {parent!r}")
     parent_path = path.parent / parent
     if not parent_path.is_file():
-        raise UserError(
-            f"{where}: extends: no such file: {parent_path}; the path is relative to {path.parent}"
-        )
+        raise UserError(f"{where}: extends: no such file: {parent_path}; the path is relative to {path.parent}")
     return _merge(_read_with_parents(parent_path, (*seen, path.resolve())), layer)
 
 
@@ -208,13 +204,9 @@ def _plain(
         "tag:yaml.org,2002:map",
         "tag:yaml.org,2002:seq",
     ):
-        raise yaml.MarkedYAMLError(
-            problem=f"the tag {node.tag!r} is not allowed", problem_mark=node.start_mark
-        )
+        raise yaml.MarkedYAMLError(problem=f"the tag {node.tag!r} is not allowed", problem_mark=node.start_mark)
     if isinstance(node, yaml.SequenceNode):
-        return [
-            _plain(item, (*path, i), source, reader, origins, problems) for i, item in enumerate(node.value)
-        ]
+        return [_plain(item, (*path, i), source, reader, origins, problems) for i, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
         return reader.construct_object(node)
     values: dict[str, Any] = {}

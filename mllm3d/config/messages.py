@@ -26,14 +26,10 @@ def error_lines(
     for item in error.errors(include_url=False):
         path = _existing(tuple(item["loc"]), values, keep_last=item["type"] == "missing")
         text = _unknown_key(path, schema, values) if item["type"] == "extra_forbidden" else _describe(item)
-        texts = found.setdefault(
-            _single_leaf(path, values) if item["type"] == "extra_forbidden" else path, []
-        )
+        texts = found.setdefault(_single_leaf(path, values) if item["type"] == "extra_forbidden" else path, [])
         if text not in texts:
             texts.append(text)
-    lines = [
-        (_origin(path, origins, source), dotted(path), ", or ".join(texts)) for path, texts in found.items()
-    ]
+    lines = [(_origin(path, origins, source), dotted(path), ", or ".join(texts)) for path, texts in found.items()]
     return [": ".join(filter(None, line)) for line in sorted(lines, key=lambda line: _by_line(line[0]))]
 
 
@@ -88,11 +84,7 @@ def _unknown_key(path: KeyPath, schema: type[BaseModel], values: dict[str, Any])
     elsewhere = [other for other in known if other[-1] == path[-1]]
     if elsewhere:
         return f"unknown key; did you mean {' or '.join(dotted(other) for other in elsewhere)}?"
-    return (
-        f"unknown key; allowed: {', '.join(siblings)}"
-        if siblings
-        else "unknown key; this section takes no keys"
-    )
+    return f"unknown key; allowed: {', '.join(siblings)}" if siblings else "unknown key; this section takes no keys"
 
 
 def _describe(item: Any) -> str:

@@ -68,7 +68,7 @@ class RunConfig(Settings):
     output: FilePath = Field(description="Run folder. Default: runs/<name of the config file>.")
     seed: int = Field(default=0, ge=0, description="Seed of initial weights, sampling order and dropout.")
     threads: PositiveInt | None = Field(
-        default=None, description="CPU threads per rank. Default: torch's choice."
+        default=None, description="CPU threads per rank. Default: the machine's cores shared by its ranks."
     )
 
 
@@ -82,15 +82,9 @@ class VolumeConfig(Settings):
     preset: Literal["photon", "photon_max", "med3dvlm", "phantom"] | None = Field(
         default=None, description="Preprocessing by name; fields that are given win over it."
     )
-    spacing_mm: Spacing | None = Field(
-        default=None, description="Resample to this (d, h, w) spacing. None: keep."
-    )
-    crop: Shape | None = Field(
-        default=None, description="Centre crop or pad to these voxels (D, H, W). None: keep."
-    )
-    window_hu: Interval = Field(
-        default=(-1000.0, 1000.0), description="Clip to this range of HU, then to [0, 1]."
-    )
+    spacing_mm: Spacing | None = Field(default=None, description="Resample to this (d, h, w) spacing. None: keep.")
+    crop: Shape | None = Field(default=None, description="Centre crop or pad to these voxels (D, H, W). None: keep.")
+    window_hu: Interval = Field(default=(-1000.0, 1000.0), description="Clip to this range of HU, then to [0, 1].")
     window_percentile: Percentiles | None = Field(
         default=None,
         description="Clip at these percentiles of the volume instead of window_hu (MR has no HU).",
@@ -134,23 +128,17 @@ class ExpectedSize(Settings):
 class DataConfig(Settings):
     """Which questions about which volumes."""
 
-    manifest: FilePath = Field(
-        description="JSON Lines file, one question a line; volumes relative to its folder."
-    )
+    manifest: FilePath = Field(description="JSON Lines file, one question a line; volumes relative to its folder.")
     train_split: str = Field(default="train", description="Value of `split` to train on.")
     eval_split: str = Field(default="test", description="Value of `split` to evaluate on.")
     where: dict[str, list[str]] = Field(
         default_factory=dict, description="Row filter: field or meta key -> allowed values. null: every row."
     )
-    questions_per_volume: PositiveInt = Field(
-        default=1, description="Questions that share one encoding of a volume."
-    )
+    questions_per_volume: PositiveInt = Field(default=1, description="Questions that share one encoding of a volume.")
     cache: FilePath | None = Field(
         default=None, description="Folder of preprocessed volumes. Default: .cache beside the manifest."
     )
-    workers: int = Field(
-        default=0, ge=0, description="Loader processes per rank; 0 loads in the training process."
-    )
+    workers: int = Field(default=0, ge=0, description="Loader processes per rank; 0 loads in the training process.")
     limit_volumes: PositiveInt | None = Field(default=None, description="Use only the first so many volumes.")
     expected: ExpectedSize | None = Field(
         default=None, description="Sizes that --dry-run assumes while the manifest is not there."
@@ -169,25 +157,15 @@ class OptimizerConfig(Settings):
         default="adamw", description="muon: Muon for hidden matrices, AdamW for the rest; needs zero_stage 0."
     )
     lr: PositiveFloat = Field(description="Peak learning rate of parameters without a rate of their own.")
-    weight_decay: float = Field(
-        default=0.0, ge=0, description="Decoupled decay of matrices; vectors have none."
-    )
-    betas: Annotated[tuple[float, float], Strict(False)] = Field(
-        default=(0.9, 0.999), description="AdamW's betas."
-    )
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled decay of matrices; vectors have none.")
+    betas: Annotated[tuple[float, float], Strict(False)] = Field(default=(0.9, 0.999), description="AdamW's betas.")
     eps: PositiveFloat = Field(default=1e-8, description="AdamW's epsilon.")
-    clip_norm: float = Field(
-        default=1.0, ge=0, description="Global gradient norm to clip at; 0: no clipping."
-    )
+    clip_norm: float = Field(default=1.0, ge=0, description="Global gradient norm to clip at; 0: no clipping.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="Shape of the decay after the warm-up."
     )
-    warmup: float = Field(
-        default=0.0, ge=0, description="Linear warm-up: below 1 a share of all steps, else steps."
-    )
-    min_lr_ratio: float = Field(
-        default=0.0, ge=0, le=1, description="Rate at the end as a share of the peak."
-    )
+    warmup: float = Field(default=0.0, ge=0, description="Linear warm-up: below 1 a share of all steps, else steps.")
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="Rate at the end as a share of the peak.")
 
 
 class TrainingConfig(Settings):
@@ -200,20 +178,12 @@ class TrainingConfig(Settings):
     volumes_per_batch: PositiveInt = Field(default=1, description="Volumes per rank and micro-batch.")
     accumulation: PositiveInt = Field(default=1, description="Micro-batches per optimizer step.")
     optimizer: OptimizerConfig = Field(description="Optimizer and learning-rate schedule.")
-    precision: Literal["bf16", "fp32"] = Field(
-        default="bf16", description="Precision of weights and activations."
-    )
+    precision: Literal["bf16", "fp32"] = Field(default="bf16", description="Precision of weights and activations.")
     zero_stage: int = Field(default=2, ge=0, le=3, description="DeepSpeed ZeRO stage.")
-    offload: Literal["none", "cpu"] = Field(
-        default="none", description="Where ZeRO keeps the optimizer state."
-    )
-    activation_checkpointing: bool = Field(
-        default=False, description="Recompute activations in the backward pass."
-    )
+    offload: Literal["none", "cpu"] = Field(default="none", description="Where ZeRO keeps the optimizer state.")
+    activation_checkpointing: bool = Field(default=False, description="Recompute activations in the backward pass.")
     log_every: PositiveInt = Field(default=10, description="Steps between two lines of metrics.")
-    save_every: PositiveInt | None = Field(
-        default=None, description="Steps between checkpoints. None: at the end."
-    )
+    save_every: PositiveInt | None = Field(default=None, description="Steps between checkpoints. None: at the end.")
     keep_last: PositiveInt = Field(default=2, description="Newest checkpoints that are kept.")
 
     @model_validator(mode="after")
@@ -221,9 +191,7 @@ class TrainingConfig(Settings):
         if self.epochs is None and self.max_steps is None:
             raise ValueError("epochs or max_steps is needed")
         if self.optimizer.name == "muon" and self.zero_stage != 0:
-            raise ValueError(
-                "optimizer.name muon needs zero_stage 0, because ZeRO cuts matrices into flat shards"
-            )
+            raise ValueError("optimizer.name muon needs zero_stage 0, because ZeRO cuts matrices into flat shards")
         if self.offload == "cpu" and self.zero_stage == 0:
             raise ValueError("offload cpu needs zero_stage 1, 2 or 3")
         return self
@@ -237,29 +205,19 @@ class EvaluationConfig(Settings):
         min_length=1,
         description="Tokens dropped as trained, not, or at random at the same rate; or the volume emptied.",
     )
-    where: dict[str, list[str]] = Field(
-        default_factory=dict,
-        description="Row filter on top of data.where: field or meta key -> allowed values.",
+    where: dict[str, list[str]] | None = Field(
+        default=None, description="Row filter instead of data.where, for example to ask what was not trained on."
     )
     max_new_tokens: PositiveInt = Field(default=512, description="Longest answer, in tokens.")
     limit_volumes: PositiveInt | None = Field(default=None, description="Use only the first so many volumes.")
-    batch_questions: PositiveInt = Field(
-        default=8, description="Questions of one volume that are answered at once."
-    )
-
-    @field_validator("where", mode="before")
-    @classmethod
-    def _null_clears_a_parents_filter(cls, value: Any) -> Any:
-        return {} if value is None else value
+    batch_questions: PositiveInt = Field(default=8, description="Questions of one volume that are answered at once.")
 
 
 class EstimateConfig(Settings):
     """The machine that `--dry-run` estimates memory and hours for."""
 
     gpus: PositiveInt = Field(default=8, description="GPUs that the run would use.")
-    peak_tflops: PositiveFloat = Field(
-        default=989.0, description="Dense BF16 peak of one GPU (H100 SXM: 989)."
-    )
+    peak_tflops: PositiveFloat = Field(default=989.0, description="Dense BF16 peak of one GPU (H100 SXM: 989).")
     mfu: float = Field(default=0.35, gt=0, le=1, description="Share of the peak that training reaches.")
     memory_gib: PositiveFloat = Field(default=80.0, description="Memory of one GPU.")
 

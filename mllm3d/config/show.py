@@ -11,9 +11,7 @@ from mllm3d.config.messages import dotted, leaves
 def show(loaded: Loaded, explain: bool = False) -> str:
     """One line per setting: key, value, origin; with `explain` its description below."""
     values = loaded.config.model_dump(mode="json")
-    rows = [
-        (dotted(path), _value(values, path), loaded.origins[dotted(path)], path) for path in leaves(values)
-    ]
+    rows = [(dotted(path), _value(values, path), loaded.origins[dotted(path)], path) for path in leaves(values)]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines = [f"# {loaded.source}"]
     for key, value, origin, path in rows:

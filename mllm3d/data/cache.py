@@ -54,9 +54,7 @@ class VolumeCache:
         """The preprocessed label map, uint8 (D, H, W). `like`: the image that it must lie on."""
         found = self._entry(Path(path), config, "labels", lambda: compact_labels(read_labels(path), config))
         if like is not None and not same_grid(found, like):
-            raise UserError(
-                f"{path}: this label map doesn't cover the same space as its image; check its affine"
-            )
+            raise UserError(f"{path}: this label map doesn't cover the same space as its image; check its affine")
         return found.array
 
     def _entry(self, path: Path, config: VolumeConfig, kind: str, build: Callable[[], Compact]) -> Compact:
@@ -83,9 +81,7 @@ class VolumeCache:
         """SHA-256 of the scan's files, remembered here and on disk as long as their sizes and times stay."""
         files = volume_files(path)
         stats = [file.stat() for file in files]
-        stamp = digest(
-            *(f"{f.name}/{s.st_size}/{s.st_mtime_ns}".encode() for f, s in zip(files, stats, strict=True))
-        )
+        stamp = digest(*(f"{f.name}/{s.st_size}/{s.st_mtime_ns}".encode() for f, s in zip(files, stats, strict=True)))
         if self._hashes.get(path, ("", ""))[0] == stamp:
             return self._hashes[path][1]
         memo = self.root / "sources" / f"{digest(str(path.resolve()).encode())}.json"

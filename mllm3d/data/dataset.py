@@ -52,9 +52,7 @@ def load_group(
     maps = sorted({row.labels for row in chosen if row.labels is not None})
     if len(maps) != 1:
         found = "no label map" if not maps else f"{len(maps)} label maps"
-        raise UserError(
-            f"{group.volume}: {found} in its rows (first: {chosen[0].id}); this run needs one per volume"
-        )
+        raise UserError(f"{group.volume}: {found} in its rows (first: {chosen[0].id}); this run needs one per volume")
     labels = [cache.get_labels(volume_path(root, maps[0]), config, like=volumes[-1])]
     if group.prior is not None:
         of_prior = next((row.labels for row in rows if row.volume == group.prior and row.labels), None)
@@ -95,8 +93,7 @@ class _Batches:
 
     def _load(self, groups: list[Group]) -> list[GroupItem]:
         return [
-            load_group(group, self._rows, self._root, self._cache, self._config, self._want_labels)
-            for group in groups
+            load_group(group, self._rows, self._root, self._cache, self._config, self._want_labels) for group in groups
         ]
 
 

@@ -58,9 +58,7 @@ def read_dicom_series(folder: Path) -> Stored:
     """
     slices = [found for path in dicom_files(folder) if (found := _read_header(path)) is not None]
     if not slices:
-        raise UserError(
-            f"{folder}: no DICOM image in this folder; name the folder that holds the slices themselves"
-        )
+        raise UserError(f"{folder}: no DICOM image in this folder; name the folder that holds the slices themselves")
     _check_one_series(folder, slices)
     normal = np.cross(*slices[0].axes)
     slices.sort(key=lambda item: float(item.position @ normal))
@@ -92,21 +90,15 @@ def _read_header(path: Path) -> _Slice | None:
     except RuntimeError as error:
         if not sop_class:
             return None
-        raise UserError(
-            f"{path}: cannot be read as a DICOM slice: {itk_reason(error)}; copy it again"
-        ) from error
+        raise UserError(f"{path}: cannot be read as a DICOM slice: {itk_reason(error)}; copy it again") from error
     size, keys = reader.GetSize(), set(reader.GetMetaDataKeys())
     if len(size) > 2 and size[2] > 1:
         raise UserError(f"{path}: a multi-frame DICOM file; convert it to NIfTI or to one file per slice")
     if not {"0020|0032", "0020|0037"} <= keys:
-        raise UserError(
-            f"{path}: a DICOM image without position or orientation; move it out of the series' folder"
-        )
+        raise UserError(f"{path}: a DICOM image without position or orientation; move it out of the series' folder")
     series = reader.GetMetaData("0020|000e").strip(" \0") if "0020|000e" in keys else ""
     direction = np.array(reader.GetDirection()).reshape(3, 3)
-    return _Slice(
-        path, series, size[:2], reader.GetSpacing()[:2], direction[:, :2].T, np.array(reader.GetOrigin())
-    )
+    return _Slice(path, series, size[:2], reader.GetSpacing()[:2], direction[:, :2].T, np.array(reader.GetOrigin()))
 
 
 def _sop_class(path: Path) -> str:
@@ -130,9 +122,7 @@ def _check_one_series(folder: Path, slices: list[_Slice]) -> None:
     for item in slices:
         same = item.size == first.size and np.allclose(item.spacing, first.spacing, rtol=1e-3)
         if not same or not np.allclose(item.axes, first.axes, atol=1e-3):
-            raise UserError(
-                f"{item.path}: its size, spacing or orientation differs from {first.path.name}; remove it"
-            )
+            raise UserError(f"{item.path}: its size, spacing or orientation differs from {first.path.name}; remove it")
     if len(slices) == 1:
         raise UserError(f"{folder}: 2-D image (one DICOM slice); a volume with several slices is needed")
 
@@ -144,9 +134,7 @@ def _even_step(folder: Path, slices: list[_Slice], normal: np.ndarray) -> np.nda
     usual = float(np.median(distances))
     repeated = int((distances < 0.01).sum())
     if repeated:
-        raise UserError(
-            f"{folder}: {repeated} slices lie where another lies (phases or copies); keep one per position"
-        )
+        raise UserError(f"{folder}: {repeated} slices lie where another lies (phases or copies); keep one per position")
     uneven = np.abs(distances - usual) > _GAP_TOLERANCE * usual + 0.02
     if uneven.any():
         where = slices[int(np.argmax(uneven))].path.name
@@ -167,6 +155,4 @@ def _read_pixels(folder: Path, slices: list[_Slice]) -> np.ndarray:
         with silence():
             return np.asarray(sitk.GetArrayFromImage(reader.Execute())).T
     except RuntimeError as error:
-        raise UserError(
-            f"{folder}: a slice cannot be decoded: {itk_reason(error)}; copy the series again"
-        ) from error
+        raise UserError(f"{folder}: a slice cannot be decoded: {itk_reason(error)}; copy the series again") from error

@@ -66,9 +66,7 @@ def itk_parts(path: Path) -> list[Path]:
     match = re.search(r"^ElementDataFile\s*=\s*(.+?)\s*$", _header_text(path), _EACH_LINE)
     name = match[1] if match else "LOCAL"
     if name.split()[0] == "LIST" or Path(name).name != name or "%" in name:
-        raise UserError(
-            f"{path}: ElementDataFile = {name}: one file in the same folder is needed; convert it to .mha"
-        )
+        raise UserError(f"{path}: ElementDataFile = {name}: one file in the same folder is needed; convert it to .mha")
     part = path.with_name(name)
     if name != "LOCAL" and not part.is_file():
         raise UserError(f"{path}: its voxels should be in {part}: no such file")
@@ -121,9 +119,7 @@ def _check_data(path: Path, wanted: int) -> None:
             raise UserError(f"{path}: truncated: its compressed voxels have no end; copy it again")
     skips = re.search(r"^(HeaderSize|(byte|line) skip)", text, _EACH_LINE)
     if len(data) < wanted or (len(data) > wanted and not skips):
-        raise UserError(
-            f"{path}: the header asks for {wanted} bytes of voxels, not {len(data)}; copy it again"
-        )
+        raise UserError(f"{path}: the header asks for {wanted} bytes of voxels, not {len(data)}; copy it again")
 
 
 def _data_bytes(path: Path) -> bytes:
@@ -145,9 +141,7 @@ def _check_text_header(path: Path) -> None:
         named = re.search(_NRRD_SPACE, text, _EACH_LINE | re.IGNORECASE)
         oriented = named is not None and "space directions:" in text
     else:
-        if path.suffix.lower() == ".mha" and not re.search(
-            r"^ElementDataFile\s*=\s*LOCAL\s*$", text, _EACH_LINE
-        ):
+        if path.suffix.lower() == ".mha" and not re.search(r"^ElementDataFile\s*=\s*LOCAL\s*$", text, _EACH_LINE):
             raise UserError(f"{path}: has no voxels of its own (ElementDataFile = LOCAL); convert it")
         oriented = re.search(r"^(TransformMatrix|Rotation|Orientation)\s*=", text, _EACH_LINE) is not None
     if not oriented:

@@ -22,9 +22,7 @@ def _inside(value: str) -> str:
     if not parts or "\0" in value:
         raise ValueError("no path")
     if parts[0] == "/" or windows.drive or "\\" in value or ".." in parts:
-        raise ValueError(
-            f"{value!r} leaves the manifest's folder; give a path relative to it, with / and without .."
-        )
+        raise ValueError(f"{value!r} leaves the manifest's folder; give a path relative to it, with / and without ..")
     return value
 
 
@@ -156,9 +154,7 @@ def select(
     for key, allowed in where.items():
         chosen = [row for row in chosen if _text(_value(row, key)) in allowed]
         if not chosen:
-            raise UserError(
-                f"where.{key}: no row of split {split!r} is left with {' or '.join(allowed) or 'no value'}"
-            )
+            raise UserError(f"where.{key}: no row of split {split!r} is left with {' or '.join(allowed) or 'no value'}")
     if limit_volumes is not None:
         first = set(list(dict.fromkeys(row.volume for row in chosen))[:limit_volumes])
         chosen = [row for row in chosen if row.volume in first]

@@ -24,9 +24,7 @@ _HEADER_BYTES = 540
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # xyzt_units: metre, micrometre; anything else is taken as mm
 _GZIP = 16 + zlib.MAX_WBITS
 
-_quiet = logging.Logger(
-    "mllm3d.data.nifti.header"
-)  # nibabel reports harmless oddities here: not worth a line
+_quiet = logging.Logger("mllm3d.data.nifti.header")  # nibabel reports harmless oddities here: not worth a line
 _quiet.addHandler(logging.NullHandler())
 
 
@@ -38,11 +36,7 @@ def read_nifti(path: Path) -> Stored:
     packed = _read_bytes(path)
     compressed = packed[:2] == b"\x1f\x8b"
     if compressed != (path.suffix.lower() == ".gz"):
-        what = (
-            "is gzip-compressed but not named .gz"
-            if compressed
-            else "is named .gz but is not gzip-compressed"
-        )
+        what = "is gzip-compressed but not named .gz" if compressed else "is named .gz but is not gzip-compressed"
         raise UserError(f"{path}: {what}; rename it")
     header = _parse_header(path, _gunzip(path, packed, _HEADER_BYTES, whole=False) if compressed else packed)
     shape, dtype = _checked_shape(path, header), _checked_dtype(path, header)
@@ -89,25 +83,19 @@ def _gunzip(path: Path, packed: bytes, limit: int, whole: bool = True) -> bytes:
 
 def _parse_header(path: Path, start: bytes) -> Nifti1Header:
     size = start[:4]
-    length = next(
-        (n for order in "<>" if len(size) == 4 and (n := struct.unpack(f"{order}i", size)[0]) in _HEADERS), 0
-    )
+    length = next((n for order in "<>" if len(size) == 4 and (n := struct.unpack(f"{order}i", size)[0]) in _HEADERS), 0)
     if not length or len(start) < length:
         raise UserError(f"{path}: not a NIfTI file, or cut off within its header; copy it again")
     try:
         header = _HEADERS[length](start[:length], check=False)
         if not bytes(header["magic"]).startswith((b"n+1", b"n+2")):
-            raise UserError(
-                f"{path}: not a single-file NIfTI (magic {bytes(header['magic'])[:3]!r}); convert it"
-            )
+            raise UserError(f"{path}: not a single-file NIfTI (magic {bytes(header['magic'])[:3]!r}); convert it")
         header.check_fix(logger=_quiet, error_level=40)
     except (HeaderDataError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: invalid NIfTI header: {_first_line(error)}") from error
     lowest = length + 4  # the four bytes that announce extensions
     if not (np.isfinite(header["vox_offset"]) and lowest <= header["vox_offset"] <= MAX_BYTES):
-        raise UserError(
-            f"{path}: invalid NIfTI header: voxels at byte {header['vox_offset']}, inside the header"
-        )
+        raise UserError(f"{path}: invalid NIfTI header: voxels at byte {header['vox_offset']}, inside the header")
     return header
 
 
@@ -125,9 +113,7 @@ def one_volume_shape(path: Path, shape: list[int]) -> tuple[int, int, int]:
         raise UserError(f"{path}: invalid header: image size {text or 'missing'}")
     extra = [n for n in shape[3:] if n > 1]
     if extra:
-        raise UserError(
-            f"{path}: {3 + len(extra)}-D image ({text}); one volume is needed: split it into 3-D files"
-        )
+        raise UserError(f"{path}: {3 + len(extra)}-D image ({text}); one volume is needed: split it into 3-D files")
     if len(shape) < 3 or min(shape[:3]) == 1:
         raise UserError(f"{path}: 2-D image ({text}); a volume with several slices is needed")
     return shape[0], shape[1], shape[2]
@@ -137,17 +123,13 @@ def _checked_dtype(path: Path, header: Nifti1Header) -> np.dtype:
     dtype: np.dtype = header.get_data_dtype()
     if dtype.fields or dtype.kind not in "iuf" or dtype.itemsize > 8:
         code = int(header["datatype"])
-        raise UserError(
-            f"{path}: voxels are not single real numbers (NIfTI data type {code}); convert it to int16"
-        )
+        raise UserError(f"{path}: voxels are not single real numbers (NIfTI data type {code}); convert it to int16")
     return dtype
 
 
 def _checked_affine(path: Path, header: Nifti1Header) -> np.ndarray:
     if int(header["qform_code"]) <= 0 and int(header["sform_code"]) <= 0:
-        raise UserError(
-            f"{path}: neither qform nor sform is set, so left and right are unknown; set the affine"
-        )
+        raise UserError(f"{path}: neither qform nor sform is set, so left and right are unknown; set the affine")
     try:
         affine = np.array(header.get_best_affine(), dtype=np.float64)
     except HeaderDataError as error:

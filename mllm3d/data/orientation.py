@@ -49,9 +49,7 @@ def canonical(stored: Stored, path: Path) -> Oriented:
     """
     affine = np.asarray(stored.affine, dtype=np.float64)
     _check_affine(affine, path)
-    turn = orientations.ornt_transform(
-        orientations.io_orientation(affine), orientations.axcodes2ornt(_WHD_POINT_TO)
-    )
+    turn = orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt(_WHD_POINT_TO))
     turned = orientations.apply_orientation(stored.array, turn)
     to_source = orientations.inv_ornt_aff(turn, stored.array.shape) @ _WHD_FROM_DHW
     sizes = np.linalg.norm((affine @ to_source)[:3, :3], axis=0)

@@ -90,8 +90,7 @@ def _window(volume: Volume, config: VolumeConfig) -> tuple[float, float]:
     low, high = (float(end) for end in np.percentile(volume.array, config.window_percentile))
     if low >= high:
         raise UserError(
-            f"{volume.path}: percentiles {config.window_percentile} are both {low:g}; "
-            "widen volume.window_percentile"
+            f"{volume.path}: percentiles {config.window_percentile} are both {low:g}; widen volume.window_percentile"
         )
     return low, high
 
@@ -152,9 +151,7 @@ def _to_grid(
         steps.append(_resize(config.shape, labels=window is None))
     if config.flip:
         steps.append(Flip([_AXES.index(axis) for axis in config.flip]))
-    image = MetaTensor(
-        torch.from_numpy(np.array(array, dtype=np.float32))[None], affine=torch.from_numpy(index_map)
-    )
+    image = MetaTensor(torch.from_numpy(np.array(array, dtype=np.float32))[None], affine=torch.from_numpy(index_map))
     result = Compose(steps)(image)
     return np.ascontiguousarray(result.numpy()[0]), result.affine.numpy().astype(np.float64)
 
@@ -163,11 +160,7 @@ def _resize(shape: tuple[int, int, int], labels: bool) -> object:
     """Voxel edges stay aligned (align_corners=False); nearest-exact is the same grid for labels."""
     from monai.transforms import Resize
 
-    return (
-        Resize(shape, mode="nearest-exact")
-        if labels
-        else Resize(shape, mode="trilinear", align_corners=False)
-    )
+    return Resize(shape, mode="nearest-exact") if labels else Resize(shape, mode="trilinear", align_corners=False)
 
 
 def same_grid(a: Compact | Prepared, b: Compact | Prepared, tolerance_mm: float = 0.1) -> bool:

@@ -82,9 +82,7 @@ class BatchSchedule:
         """All batches of this rank in an epoch."""
         if epoch != self._loaded_epoch:
             groups = make_groups(self.rows, self._k, self.seed, epoch)
-            self._batches = batches_for_rank(
-                groups, self._volumes_per_batch, self._rank, self._world, self.seed, epoch
-            )
+            self._batches = batches_for_rank(groups, self._volumes_per_batch, self._rank, self._world, self.seed, epoch)
             self._loaded_epoch = epoch
         return self._batches
 

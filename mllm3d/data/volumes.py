@@ -164,8 +164,6 @@ def _check_values(path: Path, array: np.ndarray) -> None:
     lowest, highest = array.min(), array.max()
     if not (np.isfinite(lowest) and np.isfinite(highest)):
         bad = int((~np.isfinite(array)).sum())
-        raise UserError(
-            f"{path}: {bad} of {array.size} voxels are NaN or infinite; replace them with a value for air"
-        )
+        raise UserError(f"{path}: {bad} of {array.size} voxels are NaN or infinite; replace them with a value for air")
     if lowest == highest:
         raise UserError(f"{path}: empty image: every voxel is {lowest:g}")

@@ -28,9 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", required=True, help="task whose sub-tasks are the findings")
     parser.add_argument("--margin", type=float, required=True, help="points of accuracy")
     parser.add_argument("--max-keep", type=float, required=True, help="highest mean keep rate")
-    parser.add_argument(
-        "--subtasks", type=lambda text: text.split(","), help="findings that count, default: all"
-    )
+    parser.add_argument("--subtasks", type=lambda text: text.split(","), help="findings that count, default: all")
     args = parser.parse_args(arguments)
     try:
         holds, line = check(read_results(args.results), args.task, args.margin, args.max_keep, args.subtasks)
@@ -70,9 +68,7 @@ def _findings(results: Results, task: str, subtasks: Sequence[str] | None) -> li
     of_task = {row.subtask: row for row in results.rows if row.task == task and row.subtask is not None}
     if not of_task:
         known = sorted({row.task for row in results.rows if row.subtask is not None})
-        raise UserError(
-            f"--task {task}: no sub-tasks of it in the table; known: {', '.join(known) or 'none'}"
-        )
+        raise UserError(f"--task {task}: no sub-tasks of it in the table; known: {', '.join(known) or 'none'}")
     for name in subtasks or ():
         if name not in of_task:
             raise UserError(f"--subtasks {name}: not in the table; known: {', '.join(map(str, of_task))}")

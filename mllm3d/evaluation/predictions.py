@@ -27,9 +27,7 @@ class Sample(Settings):
     keep_rate: float = Field(description="Share of the visual tokens that passed the scheduling layer.")
     tokens_before: int = Field(description="Visual tokens of all volumes of the question.")
     tokens_after: int = Field(description="Visual tokens after the scheduling layer.")
-    seconds: float = Field(
-        description="Wall time of the call, shared equally by the questions answered in it."
-    )
+    seconds: float = Field(description="Wall time of the call, shared equally by the questions answered in it.")
 
 
 def append(stream: "TextIO", samples: Iterable[Sample]) -> None:
@@ -39,9 +37,7 @@ def append(stream: "TextIO", samples: Iterable[Sample]) -> None:
             stream.write(sample.model_dump_json() + "\n")
         stream.flush()
     except OSError as error:
-        raise UserError(
-            f"{stream.name}: {error.strerror}; mend that and run again, it continues from here"
-        ) from error
+        raise UserError(f"{stream.name}: {error.strerror}; mend that and run again, it continues from here") from error
 
 
 def read(path: Path) -> list[Sample]:
@@ -62,9 +58,7 @@ def read(path: Path) -> list[Sample]:
             samples.append(Sample.model_validate_json(line))
         except (ValidationError, ValueError) as error:
             if number < len(lines):
-                raise UserError(
-                    f"{path}:{number}: not a prediction; delete the line and run again"
-                ) from error
+                raise UserError(f"{path}:{number}: not a prediction; delete the line and run again") from error
             with path.open("r+b") as stream:
                 stream.truncate(len(content) - len(line))
     return samples

@@ -96,7 +96,7 @@ def _rows(config: Config) -> tuple[list[Row], list[Row]]:
     everything = read_manifest(data.manifest)
 
     def chosen(split: str, limit: int | None = None) -> list[Row]:
-        return select(select(everything, split, data.where), split, evaluation.where, limit)
+        return select(everything, split, data.where if evaluation.where is None else evaluation.where, limit)
 
     rows = chosen(data.eval_split, evaluation.limit_volumes)
     try:
@@ -113,12 +113,9 @@ def _answer_all(config: Config, predictor: Predictor, rows: Sequence[Row], folde
     done = {mode: {sample.id for sample in read(predictions_file(folder, mode))} for mode in modes}
     finished = sum(row.id in done[mode] for mode in modes for row in rows)
     with ExitStack() as stack:
-        bar = stack.enter_context(
-            tqdm(total=len(rows) * len(modes), initial=finished, unit="question", desc="eval")
-        )
+        bar = stack.enter_context(tqdm(total=len(rows) * len(modes), initial=finished, unit="question", desc="eval"))
         streams = {
-            mode: stack.enter_context(predictions_file(folder, mode).open("a", encoding="utf-8"))
-            for mode in modes
+            mode: stack.enter_context(predictions_file(folder, mode).open("a", encoding="utf-8")) for mode in modes
         }
         for work in group_by_volume(rows, config.evaluation.batch_questions):
             prepared: list[Prepared] = []
@@ -192,9 +189,7 @@ def _open_folder(folder: Path, origin: dict[str, str]) -> None:
         if before == origin:
             return
         name = before.get("checkpoint", "unknown")
-        number = next(
-            n for n in range(1, 10_000) if not folder.with_name(f"{folder.name}.{name}.{n}").exists()
-        )
+        number = next(n for n in range(1, 10_000) if not folder.with_name(f"{folder.name}.{name}.{n}").exists())
         aside = folder.with_name(f"{folder.name}.{name}.{number}")
         folder.rename(aside)
         print(
@@ -206,9 +201,7 @@ def _open_folder(folder: Path, origin: dict[str, str]) -> None:
 
 
 def _warn_of_other_preprocessing(config: Config, predictor: Predictor) -> None:
-    ours, theirs = (
-        volume.model_dump(exclude={"preset"}) for volume in (config.volume, predictor.checkpoint.volume)
-    )
+    ours, theirs = (volume.model_dump(exclude={"preset"}) for volume in (config.volume, predictor.checkpoint.volume))
     differing = [key for key in ours if ours[key] != theirs[key]]
     if differing:
         print(

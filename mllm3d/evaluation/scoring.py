@@ -48,9 +48,7 @@ class TableRow(Settings):
     questions: int = Field(description="Questions in the row.")
     cases: int = Field(description="Patients in the row.")
     chance: float = Field(description="Expected score of guessing among the options (0 for open questions).")
-    text_only: dict[str, float] = Field(
-        description="Score of each text-only rule, fitted on the training split."
-    )
+    text_only: dict[str, float] = Field(description="Score of each text-only rule, fitted on the training split.")
     modes: dict[str, Score] = Field(description="Score of the model per mode.")
 
     @property
@@ -86,9 +84,7 @@ def score(samples: Mapping[str, Sequence[Sample]], train: Sequence[Answered]) ->
             where = np.array([item.task == task and subtask in (None, item.subtask) for item in first])
             chosen = [item for item, inside in zip(first, where, strict=True) if inside]
             cells = {mode: _cell(scores[mode][where], keep[mode][where], chosen) for mode in samples}
-            rows.append(
-                _row(task, subtask, chosen, cells, {name: values[where] for name, values in rules.items()})
-            )
+            rows.append(_row(task, subtask, chosen, cells, {name: values[where] for name, values in rules.items()}))
     return rows
 
 
@@ -111,9 +107,7 @@ def mean_over_subtasks(values: np.ndarray, subtasks: Sequence[str | None]) -> fl
     return float(np.mean([values[names == name].mean() for name in _unique(names.tolist())]))
 
 
-def bootstrap(
-    values: np.ndarray, subtasks: Sequence[str | None], cases: Sequence[str]
-) -> tuple[float, float]:
+def bootstrap(values: np.ndarray, subtasks: Sequence[str | None], cases: Sequence[str]) -> tuple[float, float]:
     """95 % interval of `mean_over_subtasks` when patients are drawn again with replacement (seed fixed)."""
     _, case = np.unique(np.array(cases), return_inverse=True)
     _, subtask = np.unique(np.array([name or "" for name in subtasks]), return_inverse=True)

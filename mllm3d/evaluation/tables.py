@@ -34,9 +34,7 @@ def footer(results: Results) -> list[str]:
             f"{summary.seconds_per_question:.3f} s per question, {summary.seconds_total:.1f} s in total"
         )
     if any(row.metric != "accuracy" for row in results.rows):
-        lines.append(
-            "MRA: mean relative accuracy; mixed: mean over sub-tasks, some by accuracy and some by MRA"
-        )
+        lines.append("MRA: mean relative accuracy; mixed: mean over sub-tasks, some by accuracy and some by MRA")
     return lines
 
 

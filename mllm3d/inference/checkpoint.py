@@ -62,9 +62,7 @@ def _model_folder(path: Path) -> Path:
         )
     model = path / "checkpoints" / latest.read_text(encoding="utf-8").strip() / "model"
     if not (model / "config.json").is_file():
-        raise UserError(
-            f"{latest}: names {model.parent.name}, which is gone or incomplete; name another step folder"
-        )
+        raise UserError(f"{latest}: names {model.parent.name}, which is gone or incomplete; name another step folder")
     return model
 
 
@@ -75,17 +73,13 @@ def _model_type(model: Path) -> str:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: no model_type in it; export the checkpoint again") from error
     if not list(model.glob("*.safetensors")):
-        raise UserError(
-            f"{model}: no weights (*.safetensors); copy them there or export the checkpoint again"
-        )
+        raise UserError(f"{model}: no weights (*.safetensors); copy them there or export the checkpoint again")
     return str(model_type)
 
 
 def _preprocessing(model: Path) -> VolumeConfig:
     """Beside the weights in a release; in the step's or the run's folder before it."""
-    folders = (
-        [model] if model.name != "model" else [model, model.parent, model.absolute().parent.parent.parent]
-    )
+    folders = [model] if model.name != "model" else [model, model.parent, model.absolute().parent.parent.parent]
     file = next((folder / PREPROCESSING for folder in folders if (folder / PREPROCESSING).is_file()), None)
     if file is None:
         raise UserError(

@@ -34,9 +34,7 @@ def resample_mask(mask: np.ndarray, to_mask: np.ndarray, shape: tuple[int, int, 
     out = np.zeros(shape, bool)
     second, third = np.arange(shape[1])[:, None], np.arange(shape[2])[None, :]
     for first in range(shape[0]):  # plane by plane: a few float planes at a time instead of volumes
-        index = [
-            np.floor(row[0] * first + row[1] * second + row[2] * third + row[3] + HALF) for row in to_mask[:3]
-        ]
+        index = [np.floor(row[0] * first + row[1] * second + row[2] * third + row[3] + HALF) for row in to_mask[:3]]
         inside = np.ones(shape[1:], bool)
         for at, size in zip(index, mask.shape, strict=True):
             inside &= (at >= 0) & (at < size)
@@ -78,9 +76,7 @@ def draw(volume: Volume, prepared: Prepared, mask: np.ndarray, title: str, path:
     for axes, axis in zip(figure.subplots(1, 3), range(3), strict=True):
         _draw_plane(axes, axis, centre[axis], grey, kept, seen, volume.spacing_mm)
     figure.suptitle(title, wrap=True)
-    figure.supxlabel(
-        "outlined: tokens kept    white: tokens dropped    dark: not seen by the model", fontsize=9
-    )
+    figure.supxlabel("outlined: tokens kept    white: tokens dropped    dark: not seen by the model", fontsize=9)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 

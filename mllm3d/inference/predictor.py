@@ -89,16 +89,12 @@ class Predictor:
         seed: int = 0,
     ) -> list[Answer]:
         """Answers in the order of the questions, all about the same volumes (a prior scan first)."""
-        prepared = [
-            item if isinstance(item, Prepared) else self.prepare(read_volume(item)) for item in volumes
-        ]
+        prepared = [item if isinstance(item, Prepared) else self.prepare(read_volume(item)) for item in volumes]
         arrays = [item.array for item in prepared]
         raw = self.adapter.answer(arrays, list(questions), mode, max_new_tokens, seed)
         return [Answer(**vars(item)) for item in raw]
 
-    def kept_boxes(
-        self, answer: Answer, shapes: Sequence[tuple[int, int, int]], index: int = -1
-    ) -> np.ndarray:
+    def kept_boxes(self, answer: Answer, shapes: Sequence[tuple[int, int, int]], index: int = -1) -> np.ndarray:
         """Boxes (kept tokens, 3, 2) on the model grid of volume `index` out of those that were asked about.
 
         shapes: (D, H, W) of all those volumes in the order they were given.

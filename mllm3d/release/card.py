@@ -36,9 +36,7 @@ def write_card(run: Path, step: Path, folder: Path) -> None:
     }
     head = "---\nlibrary_name: transformers\ntags: [medical, 3d, ct]\n---\n"
     titles = [f"{'#' if number == 0 else '##'} {title}" for number, title in enumerate(sections)]
-    body = "\n\n".join(
-        f"{title}\n\n{text.strip()}" for title, text in zip(titles, sections.values(), strict=True)
-    )
+    body = "\n\n".join(f"{title}\n\n{text.strip()}" for title, text in zip(titles, sections.values(), strict=True))
     (folder / "README.md").write_text(f"{head}\n{body}\n", encoding="utf-8")
 
 
@@ -55,9 +53,7 @@ def _lineage(config: dict[str, Any]) -> list[str]:
         source = str((config.get("model") or {}).get("checkpoint") or "")
         start = f", from `{_shorten(source)}`" if source else ", from random weights"
         lines.append(f"- `{config.get('recipe', 'unknown recipe')}`{start}")
-        runs = [
-            folder for folder in (Path(source), *Path(source).parents) if (folder / "checkpoints").is_dir()
-        ]
+        runs = [folder for folder in (Path(source), *Path(source).parents) if (folder / "checkpoints").is_dir()]
         if not source or not runs:
             break
         config = _read_yaml(runs[0] / "config.yaml")
@@ -87,9 +83,7 @@ def _measured(run: Path, step: Path, folder: Path) -> str:
         if results.get("checkpoint") != step.name:
             continue
         table = (file.parent / "table.md").read_text(encoding="utf-8").strip()
-        tables.append(
-            f"Split `{results['split']}`, {results['date']}, {results['device']}. Percent.\n\n{table}"
-        )
+        tables.append(f"Split `{results['split']}`, {results['date']}, {results['device']}. Percent.\n\n{table}")
         (folder / f"evaluation-{results['split']}.json").write_bytes(file.read_bytes())
     return "\n\n".join(tables) or "Nothing: this checkpoint was released without an evaluation."
 
@@ -104,9 +98,7 @@ Volumes are prepared as `preprocessing.json` says; `mllm3d predict` does it by i
 
 
 def _settings(config: dict[str, Any], environment: dict[str, Any]) -> str:
-    chosen = {
-        key: _shorten(config[key]) for key in ("recipe", "model", "training", "volume") if key in config
-    }
+    chosen = {key: _shorten(config[key]) for key in ("recipe", "model", "training", "volume") if key in config}
     ran = ", ".join(f"{key} {environment[key]}" for key in RAN_ON if environment.get(key))
     text = yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True).strip()
     return f"```yaml\n{text}\n```\n" + (f"\nRan on: {ran}." if ran else "")
@@ -116,11 +108,7 @@ def _licence(config: dict[str, Any]) -> str:
     manifest = Path(str((config.get("data") or {}).get("manifest", "")))
     known = _read_json(manifest.parent / "dataset.json")
     licence = known.get("licence") or known.get("license")
-    data = (
-        f"The training data's licence: {licence}."
-        if licence
-        else "The training data's licence is not recorded."
-    )
+    data = f"The training data's licence: {licence}." if licence else "The training data's licence is not recorded."
     return f"{data} No licence for these weights was chosen; the base model's and the data's terms apply."
 
 

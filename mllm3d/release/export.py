@@ -96,16 +96,12 @@ def _copy(model: Path, run: Path, folder: Path) -> None:
     files = sorted(path for path in model.rglob("*") if path.is_file())
     pickles = [path for path in files if path.suffix in PICKLES]
     if pickles:
-        raise UserError(
-            f"{pickles[0]}: a pickle, which can run code when loaded; save it as safetensors instead"
-        )
+        raise UserError(f"{pickles[0]}: a pickle, which can run code when loaded; save it as safetensors instead")
     if not any(path.suffix == ".safetensors" for path in files):
         raise UserError(f"{model}: no weights (*.safetensors) in it; save the checkpoint again")
     settings = next((path for path in (model / PREPROCESSING, run / PREPROCESSING) if path.is_file()), None)
     if settings is None:
-        raise UserError(
-            f"{run / PREPROCESSING}: missing, so nobody could prepare volumes for the model; restore it"
-        )
+        raise UserError(f"{run / PREPROCESSING}: missing, so nobody could prepare volumes for the model; restore it")
     shutil.copytree(model, folder)
     shutil.copyfile(settings, folder / PREPROCESSING)
 

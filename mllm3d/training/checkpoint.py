@@ -96,18 +96,14 @@ class Checkpoints:
 
     def _write(self, engine: Any, recipe: Recipe, draft: Path) -> str | None:
         """Write this rank's files; the reason if that failed. Never leaves early: the ranks meet in here."""
-        gathered = (
-            engine._zero3_consolidated_16bit_state_dict() if engine.zero_optimization_stage() == 3 else None
-        )
+        gathered = engine._zero3_consolidated_16bit_state_dict() if engine.zero_optimization_stage() == 3 else None
         engine.save_checkpoint(str(draft), tag=STATE, save_latest=False)
         failures: list[Exception] = engine.checkpoint_engine.failures
         try:
             random_state.save(draft / f"rank_{self.world.rank}.safetensors")
             if self.world.is_main:
                 recipe.save(engine.module, gathered, draft / "model")
-                (draft / "model" / "preprocessing.json").write_text(
-                    self.preprocessing + "\n", encoding="utf-8"
-                )
+                (draft / "model" / "preprocessing.json").write_text(self.preprocessing + "\n", encoding="utf-8")
         except (OSError, SafetensorError) as error:
             failures.append(error)
         reason = one_line(failures[0]) if failures else None
@@ -116,9 +112,7 @@ class Checkpoints:
 
     def _remedy(self) -> str:
         latest = self.folder / "latest"
-        kept = (
-            f"{latest.read_text().strip()} is intact: " if latest.is_file() else "no checkpoint before it: "
-        )
+        kept = f"{latest.read_text().strip()} is intact: " if latest.is_file() else "no checkpoint before it: "
         return kept + "free space there" + (" and --resume" if latest.is_file() else " and start again")
 
     def _publish(self, draft: Path, target: Path, progress: Progress) -> None:
@@ -161,9 +155,7 @@ class Checkpoints:
         own = [dict(group) for group in engine.basic_optimizer.param_groups]
         path, _ = engine.load_checkpoint(str(folder), tag=STATE)
         if path is None:
-            raise UserError(
-                f"{folder / STATE}: DeepSpeed found nothing to load; restore the folder from a copy"
-            )
+            raise UserError(f"{folder / STATE}: DeepSpeed found nothing to load; restore the folder from a copy")
         _keep_own_settings(engine, own)
         return progress
 
@@ -190,9 +182,7 @@ class Checkpoints:
         for name, size in sizes.items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != size:
-                raise UserError(
-                    f"{path}: missing or cut short; name an older step in {folder.parent / 'latest'}"
-                )
+                raise UserError(f"{path}: missing or cut short; name an older step in {folder.parent / 'latest'}")
         position = progress["position"]
         return Progress(**{**progress, "position": None if position is None else (position[0], position[1])})
 
@@ -213,9 +203,7 @@ def _keep_own_settings(engine: Any, own: list[dict[str, Any]]) -> None:
     who lowers the rate to get past a bad place means it."""
     schedule = engine.lr_scheduler
     schedule.base_lrs = [group["initial_lr"] for group in own]
-    rates = [
-        lr * at(schedule.last_epoch) for lr, at in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    ]
+    rates = [lr * at(schedule.last_epoch) for lr, at in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     for group, before, lr in zip(engine.basic_optimizer.param_groups, own, rates, strict=True):
         group.update({key: value for key, value in before.items() if key != "params"}, lr=lr)
 

@@ -31,10 +31,11 @@ def build_engine(config: Config, recipe: Recipe, world: World, total_steps: int)
 
     training = config.training
     random_state.seed(config.run.seed)
-    model = recipe.build()
-    if training.activation_checkpointing:
-        _checkpoint_activations(model)
-    optimizer = build_optimizer(recipe.parameter_groups(model), training.optimizer)
+    with world.together():
+        model = recipe.build()
+        if training.activation_checkpointing:
+            _checkpoint_activations(model)
+    optimizer = build_optimizer(model, recipe.parameter_groups(model), training.optimizer)
     peaks = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -51,7 +52,7 @@ def build_engine(config: Config, recipe: Recipe, world: World, total_steps: int)
         model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(training, model)
     )
     engine.checkpoint_engine = StateFiles()
-    # Else each checkpoint gets a copy of DeepSpeed's conversion script, which loads pickles; model/ is enough.
+    # Else each checkpoint gets a copy of DeepSpeed's conversion script, which loads pickles; model/ will do.
     engine._copy_recovery_script = lambda folder: None
     if training.zero_stage == 2 and world.size > 1:
         InOrder(engine.optimizer, engine.module)

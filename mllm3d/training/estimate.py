@@ -82,7 +82,7 @@ def count_steps(training: TrainingConfig, batches_per_epoch: int) -> int:
 def memory(training: TrainingConfig, gpus: int, trainable: int, frozen: int, muon: int = 0) -> Memory:
     """Bytes per GPU under the ZeRO stage (ZeRO, Rajbhandari et al. 2020, 3.1), as DeepSpeed keeps them.
 
-    Per parameter: its weight (bf16 2, fp32 4); if it trains, its gradient (4; bf16 without ZeRO 2, because only
+    Per parameter: its weight (bf16 2, fp32 4); if it trains, its gradient (4; bf16 without ZeRO 2, for only
     ZeRO sums in fp32), an fp32 copy of the weight (not for fp32 without ZeRO) and two moments of 4 (one under
     Muon). Stage 1 divides the optimizer's part by the number of GPUs, stage 2 the gradients too, stage 3 the
     weights too; offload moves the optimizer's part to the host.
@@ -99,17 +99,13 @@ def memory(training: TrainingConfig, gpus: int, trainable: int, frozen: int, muo
     )
 
 
-def _memory_lines(
-    config: Config, groups: list[ParameterGroup], trainable: int, frozen: int
-) -> list[tuple[str, str]]:
+def _memory_lines(config: Config, groups: list[ParameterGroup], trainable: int, frozen: int) -> list[tuple[str, str]]:
     training, estimate = config.training, config.estimate
     muon = 0
     if training.optimizer.name == "muon":
         muon = sum(p.numel() for group in groups if group.get("use_muon") for p in group["params"])
     need = memory(training, estimate.gpus, trainable, frozen, muon)
-    parts = (
-        f"weights {_gib(need.weights)} + gradients {_gib(need.gradients)} + optimizer {_gib(need.optimizer)}"
-    )
+    parts = f"weights {_gib(need.weights)} + gradients {_gib(need.gradients)} + optimizer {_gib(need.optimizer)}"
     offload = " (offloaded)" if training.offload == "cpu" else ""
     rest = estimate.memory_gib - need.total / GIB
     fits = (

@@ -27,9 +27,7 @@ class _ReachAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         # Expanded scalars: zeros that take no memory.
-        zeros = (
-            torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.like
-        )
+        zeros = (torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.like)
         return (gradients[0], *zeros)
 
 

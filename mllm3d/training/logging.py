@@ -72,10 +72,7 @@ class MetricsLog:
         table = self.world.sum(self._table(columns))
         seconds = time.perf_counter() - self._since
         if self._file is not None:
-            totals = {
-                unit: sum(result.counts[unit] for _, result in self._steps)
-                for unit in self._steps[0][1].counts
-            }
+            totals = {unit: sum(result.counts[unit] for _, result in self._steps) for unit in self._steps[0][1].counts}
             speed = {f"{unit}_per_s": total / seconds for unit, total in totals.items()}
             speed["seconds_per_step"] = seconds / len(self._steps)
             speed["mfu"] = self._mfu(seconds, sum(flops for _, flops in ranks))
@@ -122,9 +119,7 @@ class MetricsLog:
 
     def _write(self, line: dict[str, Any]) -> None:
         assert self._file is not None
-        plain = {
-            name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()
-        }
+        plain = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()}
         self._file.write(json.dumps(plain) + "\n")
         for name, value in plain.items():
             if name != "step" and value is not None:

@@ -12,26 +12,30 @@ from mllm3d.errors import UserError
 from mllm3d.training.recipe import ParameterGroup
 
 
-def build_optimizer(groups: list[ParameterGroup], config: OptimizerConfig) -> Optimizer:
-    """One optimizer over all groups. `use_muon` counts only with `name: muon`."""
+def build_optimizer(model: nn.Module, groups: list[ParameterGroup], config: OptimizerConfig) -> Optimizer:
+    """One optimizer over the groups, which hold each trainable parameter of the model once.
+
+    `use_muon` counts only with `name: muon`.
+    """
     groups = [group for group in groups if group["params"]]
-    _check_groups(groups)
+    _check_groups(model, groups)
     if config.name == "muon":
         return MuonAdamW(groups, config)
     plain = [{key: value for key, value in group.items() if key != "use_muon"} for group in groups]
     return AdamW(plain, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
-def _check_groups(groups: list[ParameterGroup]) -> None:
+def _check_groups(model: nn.Module, groups: list[ParameterGroup]) -> None:
     parameters = [parameter for group in groups for parameter in group["params"]]
     if not parameters:
-        raise UserError(
-            "model: nothing to train, all parameters are frozen; choose another recipe or unfreeze a part"
-        )
+        raise UserError("model: nothing to train, all parameters are frozen; choose another recipe or unfreeze a part")
     if len({id(parameter) for parameter in parameters}) != len(parameters):
         raise ValueError("a parameter stands in two parameter groups")
     if not all(parameter.requires_grad for parameter in parameters):
         raise ValueError("a frozen parameter stands in a parameter group")
+    known = {id(parameter) for parameter in parameters}
+    if left := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]:
+        raise ValueError(f"trainable parameters in no parameter group: {', '.join(left)}")
 
 
 class MuonAdamW(Optimizer):
@@ -43,9 +47,7 @@ class MuonAdamW(Optimizer):
     """
 
     def __init__(self, groups: list[ParameterGroup], config: OptimizerConfig) -> None:
-        unused = [
-            torch.zeros(1, 1)
-        ]  # the parts want parameters when they are made; they get ours at each step
+        unused = [torch.zeros(1, 1)]  # the parts want parameters when they are made; they get ours at each step
         self._parts: dict[bool, Optimizer] = {
             True: Muon(unused, lr=config.lr, adjust_lr_fn="match_rms_adamw"),
             False: AdamW(unused, lr=config.lr, betas=config.betas, eps=config.eps),
@@ -69,5 +71,6 @@ def trainable_and_frozen(model: nn.Module) -> tuple[int, int]:
     """Numbers of elements in trainable and in frozen parameters."""
     sizes = {True: 0, False: 0}
     for parameter in model.parameters():
-        sizes[parameter.requires_grad] += parameter.numel()
+        # ZeRO-3 leaves an empty tensor in place of a parameter, and its size beside it.
+        sizes[parameter.requires_grad] += int(getattr(parameter, "ds_numel", parameter.numel()))
     return sizes[True], sizes[False]

@@ -19,9 +19,7 @@ def save(path: Path) -> None:
         "numpy": torch.from_numpy(np.asarray(numpy_words, dtype=np.int64)),
         "numpy_place": torch.tensor([numpy_place, numpy_has_gauss], dtype=torch.int64),
         # The second half of a pair of normal draws, if one waits.
-        "gauss": torch.tensor(
-            [nan if python_gauss is None else python_gauss, numpy_gauss], dtype=torch.float64
-        ),
+        "gauss": torch.tensor([nan if python_gauss is None else python_gauss, numpy_gauss], dtype=torch.float64),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

@@ -98,11 +98,15 @@ class Recipe(ABC):
         `volumes`."""
 
     @abstractmethod
-    def losses(self, model: nn.Module, batch: Batch, step: int, total_steps: int) -> StepOutput:
+    def losses(
+        self, model: nn.Module, batch: Batch, step: int, total_steps: int, weights: dict[str, float]
+    ) -> StepOutput:
         """Forward pass. `model` is the DeepSpeed engine: call `model(**inputs)`, so that its hooks run.
 
-        `step` is the global optimizer step, from 0. Every rank must run the same modules under ZeRO-3;
-        below it, parameters may stay unused on some ranks. In bf16 the weights are bf16: cast floating inputs.
+        `step` is the global optimizer step, from 0. `weights`: by which one unit (a token, a question, ...)
+        is multiplied in the loss that is differentiated; for backward passes that depend on the loss's scale.
+        Every rank must run the same modules under ZeRO-3;
+        below it, parameters may stay unused on some ranks. In bf16 the weights are bf16: cast the inputs.
         """
 
     @abstractmethod

@@ -17,7 +17,11 @@ PACKAGES = ("torch", "transformers", "deepspeed", "monai", "numpy")
 
 
 def open_run(config: Config, world: World, resume: bool) -> Path:
-    """The run's folder, with everything in it that is known before the first step."""
+    """The run's folder, with everything in it that is known before the first step.
+
+    Raises `UserError` where `--resume` is needed or impossible. What an attempt left that never took a step (a
+    mistake in the config) is written over.
+    """
     folder = config.run.output
     with world.together():
         if world.is_main:
@@ -36,9 +40,16 @@ def _check(folder: Path, resume: bool) -> None:
     saved = (folder / "checkpoints" / "latest").is_file()
     if resume and not saved:
         raise UserError(f"run.output: {folder} has no checkpoint to resume; start without --resume")
-    if not resume and folder.is_dir() and any(folder.iterdir()):
-        remedy = "continue it with --resume" if saved else "it has no checkpoint: delete it"
-        raise UserError(f"run.output: {folder} already holds a run; {remedy}, or choose another run.output")
+    if not resume and folder.is_dir() and any(not _is_from_start(path) for path in folder.iterdir()):
+        remedy = "continue it with --resume" if saved else "delete it, for it has no checkpoint"
+        raise UserError(f"run.output: {folder} is not empty; {remedy}, or choose another run.output")
+
+
+def _is_from_start(path: Path) -> bool:
+    """Whether a start leaves this, before the first step."""
+    if path.name == "metrics.jsonl":
+        return path.stat().st_size == 0
+    return path.name in ("config.yaml", "preprocessing.json", "environment.json", "README.md", "tensorboard")
 
 
 def _write(path: Path, text: str) -> None:

@@ -37,10 +37,12 @@ def train_step(
     with many answer tokens so weighs as much as if everything had been one batch.
     """
     counts = global_counts(recipe, batches, step, world)
+    # DeepSpeed averages gradients over ranks and micro-batches; a mean over all of them has to undo that.
+    weights = {name: world.size * len(batches) / count for name, count in counts.items()}
     outputs: list[StepOutput] = []
     for batch in batches:
-        output = recipe.losses(engine, to_device(batch, world.device), step, total_steps)
-        loss = step_loss(output, counts, world.size * len(batches))
+        output = recipe.losses(engine, to_device(batch, world.device), step, total_steps, weights)
+        loss = step_loss(output, weights)
         if world.size > 1 and engine.zero_optimization_stage() in (1, 2):
             loss = reach_all(loss, engine.module)
         engine.backward(loss)
@@ -72,15 +74,13 @@ def global_counts(recipe: Recipe, batches: Sequence[Batch], step: int, world: Wo
     return counts
 
 
-def step_loss(output: StepOutput, counts: dict[str, int], shares: int) -> Tensor:
-    """The loss of one micro-batch: sum over terms of value * shares / count.
+def step_loss(output: StepOutput, weights: dict[str, float]) -> Tensor:
+    """The loss of one micro-batch: sum over terms of value * weight of its unit.
 
-    `shares` = ranks * micro-batches, because DeepSpeed averages gradients over both. A term that is not
-    finite makes every gradient so (0 * inf is nan): the gradient norm, which all ranks share anyway, then
-    tells them.
+    A term that is not finite makes every gradient so (0 * inf is nan): the gradient norm, which all ranks
+    share anyway, then tells them.
     """
-    values = {name: term.value * (shares / counts[term.per]) for name, term in output.terms.items()}
-    loss = torch.stack([value.float() for value in values.values()]).sum()
+    loss = torch.stack([(term.value * weights[term.per]).float() for term in output.terms.values()]).sum()
     return loss * (1.0 + 0.0 * loss.detach())
 
 
@@ -109,9 +109,7 @@ def _summed(
     return terms, metrics
 
 
-def _stop(
-    recipe: Recipe, batches: Sequence[Batch], outputs: list[StepOutput], step: int, world: World
-) -> NoReturn:
+def _stop(recipe: Recipe, batches: Sequence[Batch], outputs: list[StepOutput], step: int, world: World) -> NoReturn:
     """End the run on all ranks, naming the term that is not finite, its rank and its samples."""
     found = []
     for batch, output in zip(batches, outputs, strict=True):

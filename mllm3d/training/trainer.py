@@ -10,26 +10,28 @@ from mllm3d.config import Config, TrainingConfig
 from mllm3d.data.cache import VolumeCache
 from mllm3d.data.dataset import Loaded, batch_loader
 from mllm3d.data.manifest import Row, read_manifest, select
-from mllm3d.data.samplers import BatchSchedule, Position
+from mllm3d.data.samplers import BatchSchedule
 from mllm3d.training import distributed
 from mllm3d.training.checkpoint import Checkpoints, Progress, identity
 from mllm3d.training.distributed import World
 from mllm3d.training.engine import build_engine
 from mllm3d.training.estimate import count_steps
 from mllm3d.training.logging import MetricsLog
+from mllm3d.training.optim import trainable_and_frozen
 from mllm3d.training.recipe import Batch, Recipe
 from mllm3d.training.rundir import open_run
 from mllm3d.training.step import train_step
 
 Evaluate = Callable[[Any, int], float]
-"""(DeepSpeed engine, step) -> a value, higher is better. Called by all ranks before each checkpoint; all of them
-return the same value. The checkpoint with the best one is kept beside the last."""
+"""(DeepSpeed engine, step) -> a value, higher is better. Called by all ranks before each checkpoint; all of
+them return the same value. The checkpoint with the best one is kept beside the last."""
 
 
 def fit(config: Config, recipe: Recipe, resume: bool = False, evaluate: Evaluate | None = None) -> Path:
     """Train, from the start or (`resume`) from the newest checkpoint; the run folder.
 
-    Called on every rank, under `deepspeed`, `torchrun` or `python`. Raises `UserError` for what a user can mend.
+    Called on every rank, under `deepspeed`, `torchrun` or `python`. Raises `UserError` for what a user can
+    mend.
     """
     training = config.training
     world = distributed.start(config.run.threads)
@@ -54,10 +56,9 @@ def fit(config: Config, recipe: Recipe, resume: bool = False, evaluate: Evaluate
     if resume:
         checkpoints.restore_random_state()
 
+    announce(engine, run, progress.step, total_steps, world)
     count_flops = flops_counter(recipe)
-    with MetricsLog(
-        run, world, progress.step, total_steps, training.log_every, peak_flops(config, world)
-    ) as log:
+    with MetricsLog(run, world, progress.step, total_steps, training.log_every, peak_flops(config, world)) as log:
         for step in range(progress.step, total_steps):
             taken = take(batches, training.accumulation, world)
             micro_batches = [loaded.batch for loaded in taken]
@@ -74,6 +75,17 @@ def fit(config: Config, recipe: Recipe, resume: bool = False, evaluate: Evaluate
     return run
 
 
+def announce(engine: Any, run: Path, first_step: int, total_steps: int, world: World) -> None:
+    """One line on rank 0 before the progress bar."""
+    trainable, frozen = trainable_and_frozen(engine.module)
+    if world.is_main:
+        print(
+            f"{run}: steps {first_step + 1} to {total_steps}, {trainable:,} parameters train, {frozen:,} are frozen, "
+            f"{world.size} rank{'s' if world.size > 1 else ''} on {world.device.type}",
+            flush=True,
+        )
+
+
 def training_rows(config: Config, world: World) -> list[Row]:
     """The manifest's rows to train on."""
     data = config.data
@@ -86,9 +98,7 @@ def open_loader(config: Config, recipe: Recipe, schedule: BatchSchedule) -> Iter
     """Collated batches from the schedule's position on."""
     root = config.data.manifest.parent
     cache = VolumeCache(config.data.cache or root / ".cache")
-    return batch_loader(
-        schedule, root, cache, config.volume, recipe.collate, config.data.workers, recipe.wants_labels
-    )
+    return batch_loader(schedule, root, cache, config.volume, recipe.collate, config.data.workers, recipe.wants_labels)
 
 
 def data_fingerprint(rows: list[Row]) -> str:
@@ -116,9 +126,7 @@ def flops_counter(recipe: Recipe) -> Callable[[list[Batch]], float]:
     """FLOPs of a rank's micro-batches, as far as the recipe gives them; else 0."""
     described = recipe.describe()
     per_volume = described.get("flops_per_volume", 0.0)
-    per_batch = described.get(
-        "flops_per_batch", lambda batch: per_volume * recipe.counts(batch).get("volumes", 0)
-    )
+    per_batch = described.get("flops_per_batch", lambda batch: per_volume * recipe.counts(batch).get("volumes", 0))
     return lambda batches: sum(per_batch(batch) for batch in batches)
 
 

@@ -76,15 +76,13 @@ class PhotonAdapter:
         new = generated[:, inputs["input_ids"].shape[1] :].tolist()
         ends = [_length(row, self.processor.tokenizer.eos_token_id) for row in new]
         before = self.processor.geometry.tokens
-        total = sum(before(v.shape) for v in volumes)  # type: ignore[arg-type]
+        total = sum(before(v.shape) for v in volumes)
         kept = decision.kept or [np.ones(total, bool)] * len(questions)
         texts = self.processor.tokenizer.batch_decode(
             [r[:n] for r, n in zip(new, ends, strict=True)], skip_special_tokens=True
         )
         return [
-            RawAnswer(
-                text.strip(), total, int(k.sum()), n, clock.times[0] - start, clock.times[n - 1] - start, k
-            )
+            RawAnswer(text.strip(), total, int(k.sum()), n, clock.times[0] - start, clock.times[n - 1] - start, k)
             for text, n, k in zip(texts, ends, kept, strict=True)
         ]
 
@@ -92,9 +90,7 @@ class PhotonAdapter:
         """Voxel boxes of a volume's tokens, in their order; boxes may reach past the volume's end."""
         unit = np.array(self.processor.geometry.token_shape)
         t, h, w = (-(-n // u) for n, u in zip(shape, unit, strict=True))
-        corner = np.stack(np.meshgrid(np.arange(t), np.arange(h), np.arange(w), indexing="ij"), -1).reshape(
-            -1, 3
-        )
+        corner = np.stack(np.meshgrid(np.arange(t), np.arange(h), np.arange(w), indexing="ij"), -1).reshape(-1, 3)
         return np.stack([corner * unit, (corner + 1) * unit], axis=-1)
 
 

@@ -1,11 +1,11 @@
 """`photon.backbone`: a small slice-video model from nothing, so that phase 1 has something to align to."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, Strict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,10 +19,11 @@ from photon.building import empty
 from photon.configuration_photon import PhotonConfig
 from photon.heads import AuxiliaryHeads, class_shares, dense_loss, findings_loss
 from photon.modeling_photon import PhotonForConditionalGeneration
-from photon.processing_photon import PhotonProcessor
-from photon.recipes.base import PhotonRecipe, checkpoint_folder, on_meta, token_metrics
+from photon.recipes.base import PatchSize, PhotonRecipe, checkpoint_folder, on_meta, token_metrics
 from photon.tokenization import SPECIAL_TOKENS, train_tokenizer
 
+Ids = Annotated[tuple[int, ...], Strict(False)]
+Names = Annotated[tuple[str, ...], Strict(False)]
 HEADS_FILE = "auxiliary_heads.safetensors"
 
 
@@ -48,25 +49,21 @@ class VisionShape(Settings):
 class BackboneSettings(Settings):
     """A small slice-video model of Qwen2.5-VL's kind, trained from nothing."""
 
-    stage: Literal["vision", "questions"] = Field(
-        description="vision: dense labels only; questions: answers too."
-    )
-    checkpoint: str | None = Field(
-        default=None, description="Run folder of the vision stage, for stage questions."
-    )
+    stage: Literal["vision", "questions"] = Field(description="vision: dense labels only; questions: answers too.")
+    checkpoint: str | None = Field(default=None, description="Run folder of the vision stage, for stage questions.")
     vocabulary: int = Field(default=1024, description="Most tokens of the BPE vocabulary.")
-    patch_size: tuple[int, int, int] = Field(
-        default=(2, 14, 14), description="Frames, rows, columns of a patch."
-    )
+    patch_size: PatchSize = Field(default=(2, 14, 14), description="Frames, rows, columns of a patch.")
     slices_per_frame: int = Field(default=7, description="Slices averaged into one frame.")
     temporal_step: float = Field(default=1.0, description="Rotary steps from one depth slab to the next.")
     text: TextShape = Field(default=TextShape(), description="Shape of the decoder.")
     vision: VisionShape = Field(default=VisionShape(), description="Shape of the vision tower.")
-    classes: tuple[int, ...] = Field(description="Ids of the label map that the dense head learns.")
-    small_classes: tuple[int, ...] = Field(
+    classes: Annotated[tuple[int, ...], Strict(False)] = Field(
+        description="Ids of the label map that the dense head learns."
+    )
+    small_classes: Annotated[tuple[int, ...], Strict(False)] = Field(
         default=(), description="Those of them that are lesions: presence counts."
     )
-    findings: tuple[str, ...] = Field(
+    findings: Annotated[tuple[str, ...], Strict(False)] = Field(
         description="Findings that the global head learns, as `meta.finding` names them."
     )
     dense_weight: float = Field(default=1.0, description="Weight of the dense head's loss.")
@@ -81,9 +78,7 @@ class BackboneModel(nn.Module):
         self.photon = photon
         self.heads = heads
 
-    def forward(
-        self, pixels: Tensor, grids: list[list[int]], volumes: int, answer: bool, **inputs: Any
-    ) -> Any:
+    def forward(self, pixels: Tensor, grids: list[list[int]], volumes: int, answer: bool, **inputs: Any) -> Any:
         """Dense and global logits, and the answer's output where asked."""
         if answer:
             output = self.photon(
@@ -117,6 +112,8 @@ class Backbone(PhotonRecipe):
         return PhotonConfig(
             text_config={
                 "vocab_size": vocabulary,
+                # 0.02 is meant for widths above a thousand; at 128 it leaves attention flat for hundreds of steps.
+                "initializer_range": s.text.hidden_size**-0.5,
                 "hidden_size": s.text.hidden_size,
                 "intermediate_size": s.text.mlp,
                 "num_hidden_layers": s.text.layers,
@@ -138,6 +135,7 @@ class Backbone(PhotonRecipe):
                 "intermediate_size": s.vision.mlp,
                 "num_heads": s.vision.heads,
                 "out_hidden_size": s.text.hidden_size,
+                "initializer_range": s.vision.hidden_size**-0.5,
                 "in_channels": 3,
                 "temporal_patch_size": s.patch_size[0],
                 "patch_size": s.patch_size[1],
@@ -178,26 +176,19 @@ class Backbone(PhotonRecipe):
             photon, tokenizer = self._load(s.checkpoint)
             heads.load_state_dict(load_heads(Path(checkpoint_folder(s.checkpoint))))
         elif s.stage == "questions":
-            raise UserError(
-                "model.checkpoint: stage questions starts from a run of stage vision; name its folder"
-            )
+            raise UserError("model.checkpoint: stage questions starts from a run of stage vision; name its folder")
         else:
             tokenizer = train_tokenizer(self._texts(), s.vocabulary)
             photon = empty(self._shape(tokenizer))
             photon.generation_config.eos_token_id = tokenizer.eos_token_id
             photon.generation_config.pad_token_id = tokenizer.pad_token_id
-        self.processor = PhotonProcessor.from_config(photon.config, tokenizer)
-        self._layout_config = photon.config
+        self.adopt(photon, tokenizer)
         return photon, heads
 
     def _texts(self) -> set[str]:
         data = self.config.data
         rows = select(read_manifest(data.manifest), data.train_split, {})
         return {question_text(r) for r in rows} | {target_text(r) for r in rows}
-
-    @property
-    def layout_config(self) -> PhotonConfig:
-        return self._layout_config
 
     def collate(self, items: list[GroupItem]) -> Batch:
         s, geometry = self.settings, self.layout_config.patches
@@ -220,23 +211,15 @@ class Backbone(PhotonRecipe):
         s = self.settings
         answer = s.stage == "questions"
         inputs = {"input_ids": batch["input_ids"], "layout": batch["layout"]} if answer else {}
-        output, (dense, whole) = model(
-            batch["pixel_values_videos"], batch["grids"], batch["volumes"], answer, **inputs
-        )
+        output, (dense, whole) = model(batch["pixel_values_videos"], batch["grids"], batch["volumes"], answer, **inputs)
         small = torch.tensor([c in s.small_classes for c in s.classes], device=dense.device)
         terms = {
-            "dense": Term(
-                s.dense_weight * dense_loss(dense.float(), batch["shares"], small).sum(), "volumes"
-            ),
-            "findings": Term(
-                s.findings_weight * findings_loss(whole.float(), batch["findings"]).sum(), "volumes"
-            ),
+            "dense": Term(s.dense_weight * dense_loss(dense.float(), batch["shares"], small).sum(), "volumes"),
+            "findings": Term(s.findings_weight * findings_loss(whole.float(), batch["findings"]).sum(), "volumes"),
         }
         known = batch["findings"] >= 0
         right = ((whole > 0) == (batch["findings"] > 0.5)) & known
-        metrics: dict[str, tuple[Tensor | float, Tensor | float]] = {
-            "finding_accuracy": (right.sum(), known.sum())
-        }
+        metrics: dict[str, tuple[Tensor | float, Tensor | float]] = {"finding_accuracy": (right.sum(), known.sum())}
         if output is not None:
             terms["ce"] = Term(output.token_losses.sum(), "tokens")
             metrics |= token_metrics(output.token_losses, output.logits, batch["layout"].targets)

@@ -1,16 +1,17 @@
 """What all of Photon's recipes share."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Strict
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from mllm3d.data.dataset import GroupItem
 from mllm3d.data.prompts import question_text, target_text
 from mllm3d.errors import UserError
-from mllm3d.inference.checkpoint import PREPROCESSING, open_checkpoint
+from mllm3d.inference.checkpoint import open_checkpoint
 from mllm3d.training.recipe import Batch, Description, ParameterGroup, Recipe
 from photon.building import planned_config, read_config, read_model
 from photon.configuration_photon import PhotonConfig
@@ -18,6 +19,9 @@ from photon.flops import forward_flops
 from photon.modeling_photon import PhotonForConditionalGeneration
 from photon.packing import pack
 from photon.processing_photon import PhotonProcessor, VolumeChats
+
+PatchSize = Annotated[tuple[int, int, int], Strict(False)]
+"""(depth, height, width); YAML gives a list."""
 
 
 def chat(question: str, answer: str | None = None) -> list[dict[str, str]]:
@@ -41,6 +45,13 @@ class PhotonRecipe(Recipe):
     """What all of Photon's recipes share: batches, parameter groups, saving, figures."""
 
     processor: PhotonProcessor
+    layout_config: PhotonConfig
+    """Configuration by which batches are laid out; set with the processor when the model is built."""
+
+    def adopt(self, model: PhotonForConditionalGeneration, tokenizer: Any) -> None:
+        """Make batches for this model from now on."""
+        self.processor = PhotonProcessor.from_config(model.config, tokenizer)
+        self.layout_config = model.config
 
     def initial_config(self) -> PhotonConfig:
         """Configuration of the model to train, without its weights."""
@@ -50,10 +61,6 @@ class PhotonRecipe(Recipe):
         """Peak rate of a parameter by its name."""
         return self.config.training.optimizer.lr
 
-    def module_config(self, module: nn.Module) -> PhotonConfig:
-        """Configuration of the trained module."""
-        return module.config  # type: ignore[return-value]
-
     def parameter_groups(self, model: nn.Module) -> list[ParameterGroup]:
         """Groups by rate, decay (matrices only) and whether Muon may take them (hidden matrices)."""
         groups: dict[tuple[float, float, bool], ParameterGroup] = {}
@@ -62,26 +69,18 @@ class PhotonRecipe(Recipe):
             if not parameter.requires_grad:
                 continue
             decay = self.config.training.optimizer.weight_decay if parameter.ndim >= 2 else 0.0
-            hidden = (
-                muon
-                and parameter.ndim == 2
-                and any(part in name for part in (".blocks.", ".layers.", ".merger."))
-            )
+            hidden = muon and parameter.ndim == 2 and any(part in name for part in (".blocks.", ".layers.", ".merger."))
             key = (self.learning_rate(name), decay, hidden)
             if key not in groups:
                 label = f"lr{key[0]:g}-wd{decay:g}" + ("-muon" if hidden else "")
-                groups[key] = ParameterGroup(
-                    name=label, params=[], lr=key[0], weight_decay=decay, use_muon=hidden
-                )
+                groups[key] = ParameterGroup(name=label, params=[], lr=key[0], weight_decay=decay, use_muon=hidden)
             groups[key]["params"].append(parameter)
         return list(groups.values())
 
     def collate(self, items: list[GroupItem]) -> Batch:
         """Volume groups as tensors; the layout is made here, on the host."""
         groups = [
-            VolumeChats(
-                [v.array for v in item.volumes], [chat(question_text(r), target_text(r)) for r in item.rows]
-            )
+            VolumeChats([v.array for v in item.volumes], [chat(question_text(r), target_text(r)) for r in item.rows])
             for item in items
         ]
         batch: dict[str, Any] = self.processor.batch(groups)
@@ -98,22 +97,13 @@ class PhotonRecipe(Recipe):
             "ids": [r.id for item in items for r in item.rows],
         }
 
-    @property
-    def layout_config(self) -> PhotonConfig:
-        """Configuration by which batches are laid out."""
-        raise NotImplementedError
-
     def counts(self, batch: Batch) -> dict[str, int]:
         layout = batch["layout"]
         return {"tokens": len(layout.targets), "questions": layout.rows, "volumes": batch["volumes"]}
 
     def save(self, module: nn.Module, state_dict: dict[str, Tensor] | None, directory: Path) -> None:
         module.save_pretrained(directory, state_dict=state_dict)  # type: ignore[operator]
-        self._save_processing(directory)
-
-    def _save_processing(self, directory: Path) -> None:
         self.processor.save_pretrained(directory)
-        (directory / PREPROCESSING).write_text(self.config.volume.model_dump_json(indent=2) + "\n")
 
     def describe(self) -> Description:
         """Tokens of a volume and FLOPs of a training step on one volume (three forward passes)."""
@@ -121,9 +111,7 @@ class PhotonRecipe(Recipe):
         shape = self.config.volume.shape or self.config.volume.crop
         if shape is None:
             raise UserError("volume.shape: needed to plan a run; give volume.shape or volume.preset")
-        flops = forward_flops(
-            config, shape, self.config.data.questions_per_volume, 48, 8, self.planned_keep_rate()
-        )
+        flops = forward_flops(config, shape, self.config.data.questions_per_volume, 48, 8, self.planned_keep_rate())
         return Description(tokens_per_volume=config.patches.tokens(shape), flops_per_volume=3 * flops)
 
     def planned_keep_rate(self) -> float | None:

@@ -1,5 +1,6 @@
 """`photon.phase1` and `photon.phase2`: the paper's two training phases (A.1.1)."""
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -7,13 +8,13 @@ from pydantic import Field
 from torch import nn
 
 from mllm3d.config import Settings
+from mllm3d.errors import UserError
 from mllm3d.training.recipe import Batch, StepOutput, Term
-from photon.building import PatchInit, read_config, with_patches, with_scheduling
+from photon.building import PatchInit, patched_config, read_config, with_patches, with_scheduling
 from photon.configuration_photon import PhotonConfig
 from photon.losses import band_loss
 from photon.modeling_photon import LossWeights, PhotonForConditionalGeneration, Reduction
-from photon.processing_photon import PhotonProcessor
-from photon.recipes.base import PhotonRecipe, checkpoint_folder, on_meta, token_metrics
+from photon.recipes.base import PatchSize, PhotonRecipe, checkpoint_folder, from_step, on_meta, token_metrics
 from photon.scheduling import SchedulingSettings
 from photon.surrogate import SurrogateSettings
 
@@ -22,14 +23,12 @@ class Phase1Settings(Settings):
     """Phase 1 (Photon A.1.1): only the 3D patch embedding learns."""
 
     checkpoint: str = Field(description="Backbone: a folder, a run, or a hub name of Qwen2.5-VL.")
-    patch_size: tuple[int, int, int] = Field(default=(14, 14, 14), description="Voxels of a patch (D, H, W).")
+    patch_size: PatchSize = Field(default=(14, 14, 14), description="Voxels of a patch (D, H, W).")
     patch_init: PatchInit = Field(
         default="inflate",
         description="Start from the backbone's kernel (inflate) or at random (fresh, published).",
     )
-    temporal_step: float | None = Field(
-        default=None, description="Rotary steps per slab; 2 per slice by default."
-    )
+    temporal_step: float | None = Field(default=None, description="Rotary steps per slab; 2 per slice by default.")
 
 
 class Phase1(PhotonRecipe):
@@ -41,10 +40,6 @@ class Phase1(PhotonRecipe):
     def settings(self) -> Phase1Settings:
         return self.config.model  # type: ignore[return-value]
 
-    @property
-    def layout_config(self) -> PhotonConfig:
-        return self._layout_config
-
     def _renewed(self, model: PhotonForConditionalGeneration, grey: bool) -> PhotonForConditionalGeneration:
         s, std = self.settings, self.config.volume.std
         channels = model.config.patches.channels
@@ -52,12 +47,8 @@ class Phase1(PhotonRecipe):
         return with_patches(model, s.patch_size, 1, s.patch_init, std, image_std, s.temporal_step)
 
     def initial_config(self) -> PhotonConfig:
-        with torch.device("meta"):
-            config = self._plan(self.settings.checkpoint)
-            return with_patches(
-                PhotonForConditionalGeneration(config), self.settings.patch_size, 1, "fresh", 1.0,
-                temporal_step=self.settings.temporal_step,
-            ).config  # fmt: skip
+        s = self.settings
+        return patched_config(self._plan(s.checkpoint), s.patch_size, 1, s.temporal_step)
 
     def build(self, meta: bool = False) -> nn.Module:
         if meta:
@@ -68,8 +59,7 @@ class Phase1(PhotonRecipe):
             model = self._renewed(
                 source, grey=read_config(checkpoint_folder(self.settings.checkpoint)).slices_per_frame > 1
             )
-            self.processor = PhotonProcessor.from_config(model.config, tokenizer)
-            self._layout_config = model.config
+            self.adopt(model, tokenizer)
         model.requires_grad_(False)
         model.model.visual.patch_embed.requires_grad_(True)
         return model
@@ -101,24 +91,14 @@ class BandSettings(Settings):
 class TokenScheduling(Settings):
     """Token scheduling (Photon Sec. 3.2) and when it begins."""
 
-    layer: int | None = Field(
-        default=None, description="Decoder layers before tokens are dropped. None: a quarter."
-    )
+    layer: int | None = Field(default=None, description="Decoder layers before tokens are dropped. None: a quarter.")
     temperature: float = Field(default=0.2, gt=0, description="tau_ce of Eq. 8.")
-    threshold_scale: float = Field(
-        default=0.9, gt=0, le=1, description="The predicted threshold is multiplied by it."
-    )
-    predictor_width: int | None = Field(
-        default=None, description="Hidden units of the predictor. None: width / 8."
-    )
+    threshold_scale: float = Field(default=0.9, gt=0, le=1, description="The predicted threshold is multiplied by it.")
+    predictor_width: int | None = Field(default=None, description="Hidden units of the predictor. None: width / 8.")
     predictor_bias: float = Field(default=-5.0, description="Start of the predictor's last bias.")
     detach: bool = Field(default=True, description="No gradient through saliency.")
-    keep_ratio: float | None = Field(
-        default=None, gt=0, le=1, description="Fixed share to keep; no predictor."
-    )
-    soft_from: float = Field(
-        default=4000, ge=0, description="Start of soft masking: steps, or a share below 1."
-    )
+    keep_ratio: float | None = Field(default=None, gt=0, le=1, description="Fixed share to keep; no predictor.")
+    soft_from: float = Field(default=4000, ge=0, description="Start of soft masking: steps, or a share below 1.")
     hard_from: float = Field(default=8000, ge=0, description="Start of dropping: steps, or a share below 1.")
     beta: float = Field(default=0.8, description="Eq. 17.")
     eps_std: float = Field(default=3e-3, gt=0, description="Eq. 13.")
@@ -126,15 +106,9 @@ class TokenScheduling(Settings):
     s_min: float = Field(default=0.5, description="Eq. 16.")
     s_max: float = Field(default=2.0, description="Eq. 16.")
     eps_sat: float = Field(default=5e-3, description="Eq. 17.")
-    importance: Literal["paper", "removal"] = Field(
-        default="paper", description="Sign of eta (Eq. 12, A.1.4)."
-    )
-    statistics: Literal["kept", "all"] = Field(
-        default="kept", description="Tokens of the means in Eq. 13 and 16."
-    )
-    centre: bool = Field(
-        default=False, description="Subtract the row mean of the direction (published code)."
-    )
+    importance: Literal["paper", "removal"] = Field(default="paper", description="Sign of eta (Eq. 12, A.1.4).")
+    statistics: Literal["kept", "all"] = Field(default="kept", description="Tokens of the means in Eq. 13 and 16.")
+    centre: bool = Field(default=False, description="Subtract the row mean of the direction (published code).")
 
     def settings(self) -> SchedulingSettings:
         """The model's part of these settings."""
@@ -148,10 +122,10 @@ class TokenScheduling(Settings):
 class Phase2Settings(Settings):
     """Phase 2 (Photon A.1.1): all parameters learn, and tokens are dropped."""
 
-    checkpoint: str = Field(description="Run folder of phase 1, or a Photon checkpoint.")
-    vision_lr: float | None = Field(
-        default=None, gt=0, description="Rate of the vision tower. None: the common one."
-    )
+    checkpoint: str = Field(description="Folder of phase 1's run, or of a Photon checkpoint.")
+    backbone: str | None = Field(default=None, description="What --dry-run plans with until the checkpoint is there.")
+    patch_size: PatchSize = Field(default=(14, 14, 14), description="Voxels of a patch in that plan.")
+    vision_lr: float | None = Field(default=None, gt=0, description="Rate of the vision tower. None: the common one.")
     predictor_lr: float | None = Field(default=None, gt=0, description="Rate of the threshold predictor.")
     scheduling: TokenScheduling = Field(default=TokenScheduling(), description="Token scheduling.")
     band: BandSettings = Field(default=BandSettings(), description="Soft retention band.")
@@ -166,23 +140,31 @@ class Phase2(PhotonRecipe):
     def settings(self) -> Phase2Settings:
         return self.config.model  # type: ignore[return-value]
 
-    @property
-    def layout_config(self) -> PhotonConfig:
-        return self._layout_config
-
     def initial_config(self) -> PhotonConfig:
-        config = self._plan(self.settings.checkpoint)
-        config.scheduling = self.settings.scheduling.settings().to_dict()
+        s = self.settings
+        if Path(s.checkpoint).exists() or s.backbone is None:
+            self._must_exist()
+            config = self._plan(s.checkpoint)
+        else:  # planned before phase 1 has run
+            config = patched_config(self._plan(s.backbone), s.patch_size, 1)
+        config.scheduling = s.scheduling.settings().to_dict()
         return config
 
     def build(self, meta: bool = False) -> nn.Module:
         if meta:
             return on_meta(self.initial_config())
+        self._must_exist()
         source, tokenizer = self._load(self.settings.checkpoint)
         model = with_scheduling(source, self.settings.scheduling.settings())
-        self.processor = PhotonProcessor.from_config(model.config, tokenizer)
-        self._layout_config = model.config
+        self.adopt(model, tokenizer)
         return model
+
+    def _must_exist(self) -> None:
+        if not Path(self.settings.checkpoint).exists():
+            raise UserError(
+                f"model.checkpoint: {self.settings.checkpoint}: no such folder; train photon.phase1 first, "
+                "or name a Photon checkpoint"
+            )
 
     def learning_rate(self, name: str) -> float:
         s, rate = self.settings, self.config.training.optimizer.lr

@@ -119,10 +119,7 @@ def test_an_empty_file_misses_everything(write):
 
 def test_a_missing_config_names_the_nearest(write):
     (line,) = lines("photon_phase3")
-    assert (
-        line
-        == "config 'photon_phase3': no such file, and no such name in configs/; did you mean photon_phase2?"
-    )
+    assert line == "config 'photon_phase3': no such file, and no such name in configs/; did you mean photon_phase2?"
 
 
 def test_parents_that_are_missing_circular_or_no_path(write):

@@ -54,9 +54,7 @@ def test_a_child_wins_over_its_parents_and_lists_are_replaced(write):
         "parts/middle.yaml",
         "extends: ../base.yaml\nmodel: {patch_size: [2, 14, 14]}\ntraining: {epochs: 1}\n",
     )
-    write(
-        "top.yaml", "extends: parts/middle.yaml\ntraining: {max_steps: 20}\nmodel: {patch_size: [7, 7, 7]}\n"
-    )
+    write("top.yaml", "extends: parts/middle.yaml\ntraining: {max_steps: 20}\nmodel: {patch_size: [7, 7, 7]}\n")
     config = load("top.yaml")
     assert config.training.epochs == 1 and config.training.max_steps == 20
     assert config.training.optimizer.lr == 1e-4
@@ -83,9 +81,7 @@ def test_overrides_are_yaml_values(write):
 
 def test_null_clears_what_a_parent_filters(write):
     write("base.yaml", "data: {where: {task: [a]}}\n")
-    write(
-        "run.yaml", "extends: base.yaml\nrecipe: test.recipe\nvolume: {}\ndata: {manifest: m, where: null}\n"
-    )
+    write("run.yaml", "extends: base.yaml\nrecipe: test.recipe\nvolume: {}\ndata: {manifest: m, where: null}\n")
     assert load("run.yaml", ["training.epochs=1", "training.optimizer.lr=1e-3"]).data.where == {}
 
 
@@ -104,9 +100,7 @@ def test_words_stay_words(write, text):
 
 def test_other_settings_and_the_environment_can_be_named(write, monkeypatch):
     monkeypatch.setenv("DATA_FOLDER", "/somewhere")
-    config = load(
-        write("run.yaml"), ["data.manifest=${oc.env:DATA_FOLDER}/m.jsonl", "model.checkpoint=${recipe}/x"]
-    )
+    config = load(write("run.yaml"), ["data.manifest=${oc.env:DATA_FOLDER}/m.jsonl", "model.checkpoint=${recipe}/x"])
     assert config.data.manifest == Path("/somewhere/m.jsonl")
     assert config.model.model_dump()["checkpoint"] == "test.recipe/x"
 
@@ -114,9 +108,7 @@ def test_other_settings_and_the_environment_can_be_named(write, monkeypatch):
 def test_every_value_knows_where_it_comes_from(write):
     write("base.yaml")
     write("run.yaml", "extends: base.yaml\nvolume:\n  std: 0.25\ndata: {where: {task: [a]}}\n")
-    origins = load_with_origins(
-        "run.yaml", ["training.optimizer.weight_decay=0.1", "data.where.organ=[liver]"]
-    ).origins
+    origins = load_with_origins("run.yaml", ["training.optimizer.weight_decay=0.1", "data.where.organ=[liver]"]).origins
     assert origins["training.optimizer.lr"] == "base.yaml:9"
     assert origins["volume.std"] == "run.yaml:3"
     assert origins["volume.mean"] == "preset phantom"
@@ -129,9 +121,7 @@ def test_shown_settings_name_value_origin_and_meaning(write):
     loaded = load_with_origins(write("run.yaml"), ["run.seed=3"])
     lines = show(loaded).splitlines()
     assert lines[0] == "# run.yaml"
-    assert [line.split() for line in lines if line.startswith("run.seed")] == [
-        ["run.seed", "3", "command", "line"]
-    ]
+    assert [line.split() for line in lines if line.startswith("run.seed")] == [["run.seed", "3", "command", "line"]]
     explained = show(loaded, explain=True)
     assert "    Peak learning rate" in explained and "    Lower end." in explained
 
@@ -142,17 +132,11 @@ def test_yaml_of_a_config_loads_to_the_same_config(write):
         "volume.window_percentile=[0.5, 99.5]",
         "training.optimizer.eps=1e-8",
     ]
-    config = load(
-        write("run.yaml"), [*overrides, "data.where={split_kind: ['1', 'null', 'true', '1e-4', 'a: b']}"]
-    )
+    config = load(write("run.yaml"), [*overrides, "data.where={split_kind: ['1', 'null', 'true', '1e-4', 'a: b']}"])
     assert load(write("runs/x/config.yaml", config_to_yaml(config))) == config
 
 
-@given(
-    words=st.lists(
-        st.text() | st.sampled_from(["${a}", "\\\\${a.b}x", "a\\", "???", "$", "- a", "#"]), max_size=3
-    )
-)
+@given(words=st.lists(st.text() | st.sampled_from(["${a}", "\\\\${a.b}x", "a\\", "???", "$", "- a", "#"]), max_size=3))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_survives_the_way_through_yaml(write, words):
     config = load(write("run.yaml"))
@@ -215,7 +199,5 @@ def test_every_setting_is_described():
 
     described = sections(Config)
     assert OptimizerConfig in described
-    missing = [
-        f"{m.__name__}.{n}" for m in described for n, field in m.model_fields.items() if not field.description
-    ]
+    missing = [f"{m.__name__}.{n}" for m in described for n, field in m.model_fields.items() if not field.description]
     assert missing == []

@@ -9,9 +9,7 @@ from mllm3d.config import config_to_yaml, load
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-@pytest.mark.parametrize(
-    "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.relative_to(CONFIGS).as_posix()
-)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.relative_to(CONFIGS).as_posix())
 def test_a_shipped_config_loads_by_name_and_again_from_its_own_yaml(path, tmp_path):
     config = load(path.relative_to(CONFIGS).with_suffix("").as_posix())
     saved = tmp_path / "config.yaml"

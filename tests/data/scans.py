@@ -18,9 +18,7 @@ SERIES_UID, SOP_UID = "1.2.826.0.1.3680043.2.1125.1", "1.2.826.0.1.3680043.2.112
 _RAS_FROM_DHW = np.array([[0, 0, -1], [0, -1, 0], [1, 0, 0]], dtype=np.float64)
 
 ORIENTATIONS = [
-    (axes, flips)
-    for axes in itertools.permutations(range(3))
-    for flips in itertools.product((False, True), repeat=3)
+    (axes, flips) for axes in itertools.permutations(range(3)) for flips in itertools.product((False, True), repeat=3)
 ]
 
 

@@ -116,9 +116,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path, reads: list[Path], age_s: 
     assert len(reads) == 2 and not np.array_equal(before, after)
 
 
-def test_the_hash_of_a_settled_file_is_remembered(
-    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_hash_of_a_settled_file_is_remembered(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[Path] = []
 
     def hash_of(path: Path) -> str:
@@ -161,9 +159,7 @@ def test_a_damaged_entry_is_rebuilt_with_one_warning(
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             np.testing.assert_array_equal(cache.get(path, CONFIG).array, wanted)
-        assert (
-            len(caplog.messages) == 1 and "\n" not in caplog.messages[0] and str(entry) in caplog.messages[0]
-        )
+        assert len(caplog.messages) == 1 and "\n" not in caplog.messages[0] and str(entry) in caplog.messages[0]
         assert entry.read_bytes() == good
 
 
@@ -194,9 +190,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_full_disk_leaves_no_half_entry(
-    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_no_half_entry(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Path, data: bytes) -> int:
         with self.open("wb") as file:
             file.write(data[: len(data) // 2])

@@ -45,9 +45,7 @@ GOOD = [
 ]
 
 
-def test_a_good_manifest_has_no_problems_and_reads_each_file_once(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_good_manifest_has_no_problems_and_reads_each_file_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
 
     def reading(path: Path) -> Volume:
@@ -80,6 +78,7 @@ def test_everything_at_once_and_by_line(root: Path) -> None:
         {"volume": "v/2.nii.gz", "case": "2", "split": "test", "prior": "v/gone.nii"},
         {"volume": "v/small.nii", "case": "small", "labels": "v/labels.nii.gz"},
         {"volume": "v/1.nii.gz", "case": "3", "labels": "v/2.nii.gz"},
+        {"volume": "v/1.nii.gz", "case": "2"},  # a leak is told once
     ]
     wanted = [
         (4, "volume", "not HU but scaled"),

@@ -44,9 +44,7 @@ def test_a_group_has_its_prior_first(root: Path) -> None:
     found = [row("1", volume="b.nii"), row("2", volume="b.nii", prior="a.nii")]
     item = load(root, found, Group("b.nii", "a.nii", (1,)))
     for prepared, name in zip(item.volumes, ("a", "b"), strict=True):
-        np.testing.assert_array_equal(
-            prepared.array, prepare(read_volume(root / f"{name}.nii"), CONFIG).array
-        )
+        np.testing.assert_array_equal(prepared.array, prepare(read_volume(root / f"{name}.nii"), CONFIG).array)
     assert item.rows == [found[1]] and item.labels is None
     assert len(load(root, found, Group("b.nii", None, (0,))).volumes) == 1
 
@@ -90,9 +88,7 @@ def schedule() -> BatchSchedule:
 
 
 def seen(batches: list[Loaded]) -> list[object]:
-    return [
-        (found.position, found.next_position, found.batch["ids"], found.batch["means"]) for found in batches
-    ]
+    return [(found.position, found.next_position, found.batch["ids"], found.batch["means"]) for found in batches]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

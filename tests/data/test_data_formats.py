@@ -31,9 +31,7 @@ def save_itk(path: Path, compress: bool = True) -> bytes:
 
 
 @settings(max_examples=120, deadline=None)
-@given(
-    place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), suffix=st.sampled_from([".mha", ".nrrd"])
-)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), suffix=st.sampled_from([".mha", ".nrrd"]))
 def test_a_flipped_bit_in_compressed_voxels_is_noticed(
     tmp_path_factory: pytest.TempPathFactory, place: float, bit: int, suffix: str
 ) -> None:
@@ -79,9 +77,7 @@ def test_cut_files(tmp_path: Path, suffix: str, compress: bool, capfd: pytest.Ca
         ),
     ],
 )
-def test_headers_that_cannot_be_trusted(
-    tmp_path: Path, suffix: str, old: bytes, new: bytes, words: str
-) -> None:
+def test_headers_that_cannot_be_trusted(tmp_path: Path, suffix: str, old: bytes, new: bytes, words: str) -> None:
     path = tmp_path / f"x{suffix}"
     data = save_itk(path, compress=False)
     assert old in data

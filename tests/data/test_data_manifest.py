@@ -58,9 +58,7 @@ def test_rows_survive_writing_and_reading(tmp_path: Path) -> None:
         ({**GOOD, "meta": {"list": [1]}}, "meta"),
     ],
 )
-def test_a_wrong_row_is_one_line_with_its_number(
-    tmp_path: Path, line: str | dict[str, object], words: str
-) -> None:
+def test_a_wrong_row_is_one_line_with_its_number(tmp_path: Path, line: str | dict[str, object], words: str) -> None:
     path = manifest(tmp_path, {**GOOD, "id": "first"}, "", line)
     with pytest.raises(UserError) as caught:
         read_manifest(path)

@@ -123,9 +123,7 @@ def test_a_flipped_bit_never_gives_other_voxels(
         np.testing.assert_array_equal(found, scan())
 
 
-def test_a_bomb_is_stopped_before_it_unpacks(
-    tmp_path: Path, good: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bomb_is_stopped_before_it_unpacks(tmp_path: Path, good: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     data = put(42, "3h", 800, 800, 800)(good)[:352]
     path = tmp_path / "bomb.nii.gz"
     path.write_bytes(gzip.compress(data + bytes(1_000_000)))
@@ -156,9 +154,7 @@ def test_float64_beyond_float32_is_infinite(tmp_path: Path) -> None:
 
 
 def test_an_empty_image(tmp_path: Path) -> None:
-    assert "every voxel is -1024" in error_of(
-        save_nifti(tmp_path / "x.nii.gz", np.full((4, 5, 6), -1024, np.int16))
-    )
+    assert "every voxel is -1024" in error_of(save_nifti(tmp_path / "x.nii.gz", np.full((4, 5, 6), -1024, np.int16)))
 
 
 def test_a_missing_gz_is_not_replaced_by_its_neighbour(tmp_path: Path) -> None:
@@ -172,9 +168,7 @@ def test_a_missing_gz_is_not_replaced_by_its_neighbour(tmp_path: Path) -> None:
 def test_every_real_data_type_keeps_its_values(tmp_path: Path, dtype: str) -> None:
     array = np.arange(120).reshape(4, 5, 6).astype(dtype)
     stored, affine = store(array)
-    image = nib.Nifti1Image(
-        stored, affine, nib.Nifti1Header(endianness=">" if dtype[0] == ">" else "<"), dtype=dtype
-    )
+    image = nib.Nifti1Image(stored, affine, nib.Nifti1Header(endianness=">" if dtype[0] == ">" else "<"), dtype=dtype)
     nib.save(image, tmp_path / "x.nii.gz")
     found = read_volume(tmp_path / "x.nii.gz").array
     np.testing.assert_array_equal(found, array)
@@ -229,9 +223,7 @@ def test_label_maps(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, labels)
     assert found.dtype == np.uint8
     assert not read_labels(save_nifti(tmp_path / "b.nii.gz", np.zeros((4, 5, 6), np.uint8))).array.any()
-    for n, wrong in enumerate(
-        (labels + 0.5, labels - 1.0, labels + 253.0, np.where(labels == 1, np.nan, labels))
-    ):
+    for n, wrong in enumerate((labels + 0.5, labels - 1.0, labels + 253.0, np.where(labels == 1, np.nan, labels))):
         path = save_nifti(tmp_path / f"w{n}.nii.gz", wrong.astype(np.float32))
         with pytest.raises(UserError, match="not a label map"):
             read_labels(path)

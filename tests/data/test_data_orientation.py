@@ -13,9 +13,7 @@ from mllm3d.errors import UserError
 from tests.data.scans import ORIENTATIONS, SHAPE, SPACING, itk_image, save_dicom, save_nifti, scan, store
 
 ROTATIONS = [
-    (axes, flips)
-    for axes, flips in ORIENTATIONS
-    if np.linalg.det(store(scan(), axes=axes, flips=flips)[1][:3, :3]) > 0
+    (axes, flips) for axes, flips in ORIENTATIONS if np.linalg.det(store(scan(), axes=axes, flips=flips)[1][:3, :3]) > 0
 ]
 
 

@@ -54,9 +54,7 @@ def config(tmp_path: Path) -> Config:
                     subtask=kind,
                 )
             )
-    train = [
-        row.model_copy(update={"id": f"t{row.id}", "case": f"t{row.case}", "split": "train"}) for row in rows
-    ]
+    train = [row.model_copy(update={"id": f"t{row.id}", "case": f"t{row.case}", "split": "train"}) for row in rows]
     write_manifest(tmp_path / "manifest.jsonl", [*rows, *train])
     config = make_config(tmp_path)
     write_step(config, 4)
@@ -96,9 +94,7 @@ def test_every_question_is_answered_in_every_mode_and_scored(
     config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = evaluate(config)
-    assert (
-        FakeAdapter.calls.count((3, "scheduled")) == 16
-    )  # 8 volumes, as they are and zeroed; 3 questions a call
+    assert FakeAdapter.calls.count((3, "scheduled")) == 16  # 8 volumes, as they are and zeroed; 3 questions a call
     assert FakeAdapter.calls.count((3, "none")) == FakeAdapter.calls.count((3, "random")) == 8
     assert len(FakeAdapter.calls) == 32
     for mode in MODES:
@@ -147,9 +143,7 @@ def test_a_damaged_line_is_named(config: Config) -> None:
         read(file)
 
 
-def test_predictions_of_another_checkpoint_are_moved_aside(
-    config: Config, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_predictions_of_another_checkpoint_are_moved_aside(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate(config)
     write_step(config, 8, threshold=2.0)  # never sees anything
     results = evaluate(config)
@@ -163,17 +157,13 @@ def test_predictions_of_another_checkpoint_are_moved_aside(
 def test_a_narrower_evaluation_is_part_of_a_wider_one(config: Config) -> None:
     whole = evaluate(config)
     FakeAdapter.calls.clear()
-    narrow = make_config(
-        config.data.manifest.parent, where={"subtask": ["cyst"]}, limit_volumes=3, modes=("none",)
-    )
+    narrow = make_config(config.data.manifest.parent, where={"subtask": ["cyst"]}, limit_volumes=3, modes=("none",))
     results = evaluate(narrow)
     assert FakeAdapter.calls == [] and results.modes["none"].questions == 3
     assert whole.modes["none"].questions == 24
 
 
-def test_other_preprocessing_than_the_checkpoints_is_said(
-    config: Config, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_preprocessing_than_the_checkpoints_is_said(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate(config.model_copy(update={"volume": config.volume.model_copy(update={"mean": 0.5})}))
     assert "volume.mean" in capsys.readouterr().err
 
@@ -189,9 +179,7 @@ def test_a_manifest_without_training_split_has_no_text_only_baseline(
     assert check_table([file, "--task", "existence", "--margin", "30", "--max-keep", "0.5"]) == 1
 
 
-def test_questions_of_a_prior_scan_see_both_volumes_and_batches_are_limited(
-    config: Config, tmp_path: Path
-) -> None:
+def test_questions_of_a_prior_scan_see_both_volumes_and_batches_are_limited(config: Config, tmp_path: Path) -> None:
     rows = [
         Row(
             id=str(number), case="a", split="test", volume="c1.nii.gz", prior="c0.nii.gz", question="Bright?",
@@ -199,9 +187,7 @@ def test_questions_of_a_prior_scan_see_both_volumes_and_batches_are_limited(
         )
         for number in range(5)
     ]  # fmt: skip
-    write_manifest(
-        tmp_path / "manifest.jsonl", [*rows, rows[0].model_copy(update={"id": "t", "split": "train"})]
-    )
+    write_manifest(tmp_path / "manifest.jsonl", [*rows, rows[0].model_copy(update={"id": "t", "split": "train"})])
     results = evaluate(make_config(tmp_path, modes=("scheduled",), batch_questions=2))
     assert FakeAdapter.calls == [(2, "scheduled"), (2, "scheduled"), (1, "scheduled")]
     assert results.modes["scheduled"].tokens_before == 16
@@ -242,12 +228,8 @@ def test_the_table_is_checked(
     assert (shown.out + shown.err).count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("text_only", "zeroed", "holds"), [(0.5, 0.5, True), (0.8, 0.5, False), (0.5, 0.8, False)]
-)
-def test_both_baselines_have_to_be_beaten(
-    config: Config, text_only: float, zeroed: float, holds: bool
-) -> None:
+@pytest.mark.parametrize(("text_only", "zeroed", "holds"), [(0.5, 0.5, True), (0.8, 0.5, False), (0.5, 0.8, False)])
+def test_both_baselines_have_to_be_beaten(config: Config, text_only: float, zeroed: float, holds: bool) -> None:
     results = evaluate(config)
     row = next(row for row in results.rows if row.subtask == "nodule")
     modes = row.modes | {"zeroed": row.modes["zeroed"].model_copy(update={"value": zeroed})}

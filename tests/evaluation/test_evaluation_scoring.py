@@ -114,9 +114,7 @@ def test_text_only_rules_choose_among_the_options_by_text_and_use_the_median_of_
     ]
     rule = fit_rules(train)["majority per task"]
     assert rule.predict(row("Spleen", options=["Spleen", "Liver"]), "Spleen") == "Liver"
-    assert (
-        rule.predict(row("aorta", options=["aorta", "heart"]), "heart") == "aorta"
-    )  # nothing known: the first
+    assert rule.predict(row("aorta", options=["aorta", "heart"]), "heart") == "aorta"  # nothing known: the first
     assert rule.predict(row("5 ml", subtask="lesion counting"), "5 ml") == "4.0"
 
 

@@ -25,17 +25,13 @@ def store(path: Path, array_ras: np.ndarray, spacing: tuple[float, float, float]
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = (-31.0, 17.0, 5.0)
     image = nibabel.Nifti1Image(array_ras.astype(np.int16), affine)
-    turn = nibabel.orientations.ornt_transform(
-        nibabel.io_orientation(affine), nibabel.orientations.axcodes2ornt(codes)
-    )
+    turn = nibabel.orientations.ornt_transform(nibabel.io_orientation(affine), nibabel.orientations.axcodes2ornt(codes))
     nibabel.save(image.as_reoriented(turn), path)
     return path
 
 
 @pytest.mark.parametrize("codes", ORIENTATIONS)
-def test_a_bright_box_is_found_again_on_a_resampled_scan_of_any_orientation(
-    tmp_path: Path, codes: str
-) -> None:
+def test_a_bright_box_is_found_again_on_a_resampled_scan_of_any_orientation(tmp_path: Path, codes: str) -> None:
     # 4 mm slices in the file, 2 mm and twice the width on the model's grid: W is resized and reversed too.
     scan = np.full((16, 24, 12), -1000)
     scan[2:6, 4:12, 8:10] = 500  # RAS indices: right is high, front is high, head is high
@@ -109,9 +105,7 @@ def test_picture_is_drawn_and_washes_out_only_what_was_dropped(
     mask = np.full(prepared.array.shape, kept == "all")
     if kept == "some":
         mask[4:8, 4:8, 4:8] = True
-    draw(
-        volume, prepared, mask, r"What? $\nonsense$ stays as it is".replace("$", r"\$"), tmp_path / "out.png"
-    )
+    draw(volume, prepared, mask, r"What? $\nonsense$ stays as it is".replace("$", r"\$"), tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     assert len(shown) == 3
     washed = [image >= 0.8 - 1e-6 for image in shown]

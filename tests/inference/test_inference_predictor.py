@@ -115,9 +115,7 @@ def test_answers_tokens_and_rates(tmp_path: Path, released: Path) -> None:
 
 def test_evidence_of_the_second_of_two_volumes(tmp_path: Path, released: Path) -> None:
     predictor = Predictor.load(released, "cpu")
-    dark, bright = (
-        predictor.prepare(read_volume(scan(tmp_path / f"{high}.nii", high=high))) for high in (0, 900)
-    )
+    dark, bright = (predictor.prepare(read_volume(scan(tmp_path / f"{high}.nii", high=high))) for high in (0, 900))
     answer = predictor.answer([dark, bright], ["?"])[0]
     shapes = [(8, 8, 8), (8, 8, 8)]
     of_prior, of_current = (predictor.kept_boxes(answer, shapes, index) for index in (0, 1))
@@ -140,9 +138,7 @@ def test_mr_given_to_a_ct_model_warns_once_and_answers(
     tmp_path: Path, released: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = scan(tmp_path / "mr.nii.gz", low=0, high=90)
-    assert (
-        predict(released, path, "Anything bright?")["answer"] == "Yes"
-    )  # a window of HU makes all of it grey
+    assert predict(released, path, "Anything bright?")["answer"] == "Yes"  # a window of HU makes all of it grey
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1 and "mr.nii.gz" in warning and "--modality mr" in warning
     assert predict(released, path, "Anything bright?", modality="mr")["answer"] == "Yes"
@@ -158,9 +154,7 @@ def arguments(released: Path, volume: Path, **given: object) -> Namespace:
     return Namespace(checkpoint=released, volume=volume, **(names | extra | given))
 
 
-def test_text_output_is_the_answer_alone(
-    tmp_path: Path, released: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_text_output_is_the_answer_alone(tmp_path: Path, released: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert predict_command(arguments(released, scan(tmp_path / "ct.nii.gz"))) == 0
     assert capsys.readouterr().out == "Yes\n"
 

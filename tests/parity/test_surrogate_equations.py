@@ -10,9 +10,7 @@ import torch
 from photon.surrogate import DropTokens, SurrogateSettings, surrogate_gradient
 
 
-def plain_dq(
-    t: np.ndarray, g: np.ndarray, q: np.ndarray, kept: np.ndarray, s: SurrogateSettings
-) -> np.ndarray:
+def plain_dq(t: np.ndarray, g: np.ndarray, q: np.ndarray, kept: np.ndarray, s: SurrogateSettings) -> np.ndarray:
     """dL/dq for one row: t, g (N, D) hidden states and restored gradients, q (N), kept (N)."""
     n = len(q)
     eta = np.array([t[j] @ g[j] for j in range(n)])  # Eq. 12

@@ -96,7 +96,9 @@ def test_old_and_new_key_names_load_and_a_missing_weight_is_named(pair: Any, tmp
     save_file(weights, path, {"format": "pt"})
     with pytest.raises(ValueError, match=r"visual\.blocks\.1\.mlp\.up_proj\.weight"):
         read_model(tmp_path)
-    old = {k.replace("model.visual.", "visual.").replace("model.language_model.", "model."): v for k, v in weights.items()}
+    old = {
+        k.replace("model.visual.", "visual.").replace("model.language_model.", "model."): v for k, v in weights.items()
+    }
     old[name.replace("model.visual.", "visual.")] = removed
     save_file(old, path, {"format": "pt"})
     _, photon, _ = pair

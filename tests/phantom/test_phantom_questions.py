@@ -69,9 +69,7 @@ def reread(dataset: Path, recorded: dict[str, dict[str, Any]]) -> dict[str, tupl
     return found
 
 
-def test_every_answer_follows_from_the_written_files(
-    rows: list[Row], reread: dict[str, tuple[Scan, Facts]]
-) -> None:
+def test_every_answer_follows_from_the_written_files(rows: list[Row], reread: dict[str, tuple[Scan, Facts]]) -> None:
     asked = [row for row in rows if row.task != "report"]
     assert {row.task for row in asked} == set(TASKS) - {"report"}
     for row in asked:
@@ -81,9 +79,7 @@ def test_every_answer_follows_from_the_written_files(
         assert kind.text(value) == row.answer, row
 
 
-def test_reports_follow_from_the_written_files(
-    rows: list[Row], reread: dict[str, tuple[Scan, Facts]]
-) -> None:
+def test_reports_follow_from_the_written_files(rows: list[Row], reread: dict[str, tuple[Scan, Facts]]) -> None:
     reports = [row for row in rows if row.task == "report"]
     assert len({row.answer for row in reports}) == len(reports) == len(reread)
     for row in reports:
@@ -123,9 +119,7 @@ def test_volume_and_label_map_lie_on_each_other(dataset: Path, rows: list[Row]) 
         np.testing.assert_array_equal(image.source_affine, ids.source_affine)
         for lung in ("left lung", "right lung"):
             assert np.median(image.array[ids.array == ORGANS[lung]]) < -600
-        left, right = (
-            np.nonzero(ids.array == ORGANS[f"{side} lung"])[2].mean() for side in ("left", "right")
-        )
+        left, right = (np.nonzero(ids.array == ORGANS[f"{side} lung"])[2].mean() for side in ("left", "right"))
         assert left > right
 
 
@@ -201,9 +195,7 @@ def test_wrong_arguments_are_one_line(tmp_path: Path, extra: list[str], message:
     arguments = ["--out", str(tmp_path / "x"), "--cases", "2", "--seed", "0", "--workers", "1", *extra]
     if message is None:
         prepare.main(arguments)
-        assert [row.answer.lower() in PHASES for row in read_manifest(tmp_path / "x" / "manifest.jsonl")] == [
-            True
-        ]
+        assert [row.answer.lower() in PHASES for row in read_manifest(tmp_path / "x" / "manifest.jsonl")] == [True]
         return
     with pytest.raises(SystemExit) as raised:
         prepare.main(arguments)
@@ -216,6 +208,28 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="exists already"):
         make(tmp_path, "--cases", "1")
     assert contents(tmp_path) == {"mine.txt": b"keep"}
+
+
+def test_an_atlas_is_painted_instead(tmp_path: Path) -> None:
+    names = {
+        "left lung": "lung_upper_lobe_left",
+        "right lung": "lung_upper_lobe_right",
+        "heart": "heart",
+        "liver": "liver",
+        "spleen": "spleen",
+        "spine": "vertebrae_L1",
+    }
+    case = draw(3)
+    kept = np.isin(case.labels, [ORGANS[name] for name in names])
+    write_nifti(np.where(kept, case.labels, 0).astype(np.uint8), case.spacing_mm, "RAS", tmp_path / "a.nii.gz")
+    (tmp_path / "a.json").write_text(json.dumps({ORGANS[name]: names[name] for name in names}))
+    atlas = ("--atlas", str(tmp_path / "a.nii.gz"), "--atlas-names", str(tmp_path / "a.json"))
+    make(tmp_path / "out", "--cases", "3", "--priors", "1", *atlas)
+    for path in (tmp_path / "out" / "labels").iterdir():
+        found = set(np.unique(read_labels(path).array))
+        assert ORGANS["liver"] in found and ORGANS["left kidney"] not in found
+    rows = read_manifest(tmp_path / "out" / "manifest.jsonl")
+    assert {"report", "organ", "tumor_measurement"} <= {row.task for row in rows}
 
 
 # ---- left and right ----
@@ -265,9 +279,7 @@ def made_up_facts(rng: random.Random) -> Facts:
         host = hosts[0] if len(hosts) == 1 else f"{side} {hosts[0].split()[1]}"
         areas = (rng.random(), rng.random(), rng.random())
         centre, size = (rng.uniform(5, 40), 50.0, 50.0), rng.lognormvariate(3, 0.5)
-        return Instance(
-            rng.lognormvariate(2, 1), size, extent(), centre, rng.randint(1, 50), areas, side, host
-        )
+        return Instance(rng.lognormvariate(2, 1), size, extent(), centre, rng.randint(1, 50), areas, side, host)
 
     def instances(finding: str) -> tuple[Instance, ...]:
         found = [instance(finding) for _ in range(rng.randint(1, 4) if rng.random() < 0.45 else 0)]
@@ -292,9 +304,7 @@ def entries() -> list[Entry]:
     rng = random.Random(11)
     split = ("train", "train", "train", "test")
     return [
-        Entry(
-            f"c{i}", split[i % 4], f"v{i}.nii.gz", f"l{i}.nii.gz", f"p{i}.nii.gz", made_up_facts(rng), f"r{i}"
-        )
+        Entry(f"c{i}", split[i % 4], f"v{i}.nii.gz", f"l{i}.nii.gz", f"p{i}.nii.gz", made_up_facts(rng), f"r{i}")
         for i in range(200)
     ]
 
@@ -412,9 +422,7 @@ def test_biased_version_can_be_answered_without_the_scan(biased: list[Row], fair
     assert len(status) > 300
 
     def by_history(row: Row) -> bool:
-        return row.answer.startswith(
-            "Refractory" if ", 1]" in row.question or "[1]" in row.question else "No Abn"
-        )
+        return row.answer.startswith("Refractory" if ", 1]" in row.question or "[1]" in row.question else "No Abn")
 
     assert 0.75 < sum(map(by_history, status)) / len(status) < 0.9
     fair_status = [row for row in fair if row.meta["kind"] == "longitudinal"]
@@ -439,16 +447,12 @@ def test_blocks_use_every_answer_once_and_lose_nobody() -> None:
     assert [len(block) for block in blocks] == [3, 3, 2]
     assert all(len({one.text for one in block}) == len(block) for block in blocks)
     assert sorted(one.case for block in blocks for one in block) + sorted(one.case for one in left) != []
-    assert {one.case for block in blocks for one in block} | {one.case for one in left} == {
-        c.case for c in cases
-    }
+    assert {one.case for block in blocks for one in block} | {one.case for one in left} == {c.case for c in cases}
 
 
 def test_number_blocks_are_far_apart() -> None:
     rng = random.Random(0)
-    cases = [
-        Candidate(f"c{i}", value, str(value)) for i, value in enumerate(rng.choices(range(-40, 90), k=101))
-    ]
+    cases = [Candidate(f"c{i}", value, str(value)) for i, value in enumerate(rng.choices(range(-40, 90), k=101))]
     blocks, left = number_blocks(cases, 4, rng)
     assert sum(map(len, blocks)) + len(left) == 101 and len(blocks) >= 15
     for block in blocks:
@@ -482,9 +486,7 @@ def test_wording_of_names() -> None:
 def test_reports_name_what_is_there_and_deny_what_is_not(entries: list[Entry]) -> None:
     for number, entry in enumerate(entries):
         report = write_report(entry.facts, random.Random(number))
-        affirmed = " ".join(
-            s for s in report.split(". ") if not re.search(r"\bno\b|\bnot\b|without", s.lower())
-        )
+        affirmed = " ".join(s for s in report.split(". ") if not re.search(r"\bno\b|\bnot\b|without", s.lower()))
         for finding in EVERYTHING:
             named = re.search(rf"\b{finding}s?\b", affirmed.lower()) is not None
             assert named == entry.facts.present(finding), (finding, report)

@@ -171,9 +171,7 @@ def test_findings_lie_in_or_beside_their_host(measures: list[Measured]):
             for part in m.components(finding):
                 reach = [int(np.ceil(8 / s)) for s in m.spacing_mm]
                 near = m.labels[
-                    tuple(
-                        slice(max(s.start - r, 0), s.stop + r) for s, r in zip(part.box, reach, strict=True)
-                    )
+                    tuple(slice(max(s.start - r, 0), s.stop + r) for s, r in zip(part.box, reach, strict=True))
                 ]
                 wanted = [ORGANS[h] for h in hosts] or [BODY]
                 assert np.isin(near, wanted).any(), finding
@@ -277,9 +275,7 @@ def test_mirroring_swaps_left_and_right_and_nothing_else(measures: list[Measured
         other = Measured(mirror(m.labels), m.spacing_mm, m.painted_hu)
         for finding in FINDINGS:
             here = sorted(answers(m, part) for part in m.components(finding))
-            there = sorted(
-                (*a[:3], swap[str(a[3])]) for a in (answers(other, p) for p in other.components(finding))
-            )
+            there = sorted((*a[:3], swap[str(a[3])]) for a in (answers(other, p) for p in other.components(finding)))
             assert here == there, finding
         assert {n: m.present(n) for n in ALL} == {n: other.present(n) for n in ALL}
         for organ in ORGANS:
@@ -375,9 +371,7 @@ def small_atlas(tmp_path: Path) -> tuple[Path, Path]:
         1: "lung_lower_lobe_left", 2: "lung_lower_lobe_right", 3: "heart", 4: "liver", 5: "spleen",
         6: "kidney_left", 7: "kidney_right", 8: "aorta", 9: "vertebrae_T12", 10: "rib_left_9", 11: "colon",
     }  # fmt: skip
-    voxels = np.zeros(
-        (72, 56, 60), np.uint8
-    )  # (right to left reversed: index grows to the right), front, head
+    voxels = np.zeros((72, 56, 60), np.uint8)  # (right to left reversed: index grows to the right), front, head
     for value, x, y, z in (
         (1, (6, 30), (8, 50), (32, 58)), (2, (42, 66), (8, 50), (32, 58)), (3, (26, 46), (28, 44), (34, 50)),
         (4, (36, 66), (12, 48), (8, 30)), (5, (8, 22), (10, 26), (14, 28)), (6, (16, 26), (12, 22), (2, 13)),
@@ -409,10 +403,7 @@ def test_atlas_becomes_a_case(small_atlas: tuple[Path, Path]):
     ):
         assert m.visible(organ), organ
     assert m.present("fatty liver") and m.present("pleural effusion")
-    at = {
-        name: np.argwhere(case.labels == ORGANS[name]).mean(0)
-        for name in ("liver", "spleen", "heart", "spine")
-    }
+    at = {name: np.argwhere(case.labels == ORGANS[name]).mean(0) for name in ("liver", "spleen", "heart", "spine")}
     assert at["spleen"][2] > at["liver"][2] and at["heart"][0] > at["liver"][0]
     assert at["spine"][1] > at["heart"][1]
     rows = bounding_box(case.labels > 0)

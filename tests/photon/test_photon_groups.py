@@ -96,7 +96,10 @@ def test_a_prior_and_a_current_scan_share_one_row(tiny: Any) -> None:
 
 def test_text_without_a_volume_and_with_one_go_in_one_batch(tiny: Any) -> None:
     model, processor = tiny()
-    groups = [VolumeChats([], [turn("How many lesions?", "two")]), VolumeChats(volumes()[:1], [turn("Is there?", "no")])]
+    groups = [
+        VolumeChats([], [turn("How many lesions?", "two")]),
+        VolumeChats(volumes()[:1], [turn("Is there?", "no")]),
+    ]
     together = model(**processor.batch(groups)).token_losses
     alone = torch.cat([model(**processor.batch([g])).token_losses for g in groups])
     assert torch.allclose(together, alone, atol=1e-5)

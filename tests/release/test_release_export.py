@@ -57,9 +57,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_release_opens_like_a_checkpoint_and_its_card_says_what_was_measured(
-    run: Path, tmp_path: Path
-) -> None:
+def test_a_release_opens_like_a_checkpoint_and_its_card_says_what_was_measured(run: Path, tmp_path: Path) -> None:
     out = release(run, tmp_path / "released")
     assert sorted(path.name for path in out.iterdir()) == [
         "README.md", "config.json", "evaluation-test.json", "model.safetensors", "preprocessing.json"
@@ -132,9 +130,7 @@ def spoil(run: Path, what: str) -> None:
         ("never saved", "the run has saved no checkpoint"),
     ],
 )
-def test_what_cannot_be_released_leaves_nothing_behind(
-    run: Path, tmp_path: Path, what: str, says: str
-) -> None:
+def test_what_cannot_be_released_leaves_nothing_behind(run: Path, tmp_path: Path, what: str, says: str) -> None:
     spoil(run, what)
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(UserError, match=says) as error:

@@ -19,9 +19,7 @@ def toy_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
         np.save(folder / f"v{volume}.npy", random.integers(-1000, 1000, (4, 4, 4)).astype(np.float32))
         for question in range(4):
             digits = "".join(str(digit) for digit in random.integers(0, 10, random.integers(1, 5)))
-            rows.append(
-                {"id": f"v{volume}q{question}", "case": f"c{volume}", "split": "train", "task": "toy"}
-            )
+            rows.append({"id": f"v{volume}q{question}", "case": f"c{volume}", "split": "train", "task": "toy"})
             rows[-1] |= {"volume": f"v{volume}.npy", "question": str(question), "answer": digits}
     manifest = folder / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))

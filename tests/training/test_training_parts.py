@@ -74,9 +74,7 @@ def test_every_group_is_scaled_from_its_own_peak() -> None:
 )
 def test_steps_of_a_run(toy_config: Make, tmp_path: Path, values: dict[str, Any], expected: int) -> None:
     changes = {"max_steps": None, "accumulation": 3, **values}
-    config = read_config(
-        toy_config(tmp_path, **{f"training__{key}": value for key, value in changes.items()})
-    )
+    config = read_config(toy_config(tmp_path, **{f"training__{key}": value for key, value in changes.items()}))
     assert count_steps(config.training, batches_per_epoch=10) == expected
 
 
@@ -108,7 +106,7 @@ def train(model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int,
 
 def test_muon_beside_adamw_is_the_two_of_torch() -> None:
     mine, theirs = small_model(), small_model()
-    train(mine, [build_optimizer(groups_of(mine), optimizer_config(name="muon"))], steps=3)
+    train(mine, [build_optimizer(mine, groups_of(mine), optimizer_config(name="muon"))], steps=3)
     matrices, vectors = groups_of(theirs)
     muon = torch.optim.Muon(matrices["params"], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     train(theirs, [muon, torch.optim.AdamW(vectors["params"], lr=0.01, weight_decay=0.0)], steps=3)
@@ -119,10 +117,10 @@ def test_muon_beside_adamw_is_the_two_of_torch() -> None:
 def test_muon_state_survives_a_round_trip() -> None:
     whole, resumed = small_model(), small_model()
     config = optimizer_config(name="muon")
-    optimizer = build_optimizer(groups_of(whole), config)
+    optimizer = build_optimizer(whole, groups_of(whole), config)
     train(whole, [optimizer], steps=2)
     resumed.load_state_dict(whole.state_dict())
-    loaded = build_optimizer(groups_of(resumed), config)
+    loaded = build_optimizer(resumed, groups_of(resumed), config)
     loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(whole, [optimizer], steps=2, seed=1)
     train(resumed, [loaded], steps=2, seed=1)
@@ -134,14 +132,16 @@ def test_wrong_groups_are_refused() -> None:
     model = small_model()
     groups = groups_of(model)
     with pytest.raises(UserError, match="nothing to train"):
-        build_optimizer([], optimizer_config())
+        build_optimizer(model, [], optimizer_config())
     with pytest.raises(ValueError, match="two parameter groups"):
-        build_optimizer([groups[0], groups[0]], optimizer_config())
+        build_optimizer(model, [groups[0], groups[0]], optimizer_config())
+    with pytest.raises(ValueError, match=r"in no parameter group: 0\.bias, 2\.bias"):
+        build_optimizer(model, groups[:1], optimizer_config())
     with pytest.raises(ValueError, match="2-D matrices only"):
-        MuonAdamW([{**groups[1], "use_muon": True}], optimizer_config())
+        MuonAdamW([groups[1] | {"use_muon": True}], optimizer_config())
     model[0].requires_grad_(False)
     with pytest.raises(ValueError, match="frozen parameter"):
-        build_optimizer(groups, optimizer_config())
+        build_optimizer(model, groups, optimizer_config())
 
 
 # --- loss ---------------------------------------------------------------------------------------------------
@@ -150,35 +150,33 @@ def test_wrong_groups_are_refused() -> None:
 def test_terms_are_divided_by_their_own_units() -> None:
     output = StepOutput({"a": Term(torch.tensor(6.0), "tokens"), "b": Term(torch.tensor(2.0), "volumes")})
     # 4 shares (2 ranks x 2 micro-batches), which DeepSpeed divides out again: 6 * 4 / 12 + 2 * 4 / 8
-    assert step_loss(output, {"tokens": 12, "volumes": 8}, shares=4).item() == 3.0
+    assert step_loss(output, {"tokens": 4 / 12, "volumes": 4 / 8}).item() == 3.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_leaves_no_finite_gradient(bad: float) -> None:
     weight = torch.ones(2, requires_grad=True)
     output = StepOutput({"a": Term(weight.sum(), "tokens"), "b": Term(torch.tensor(bad), "tokens")})
-    step_loss(output, {"tokens": 1}, shares=1).backward()
+    step_loss(output, {"tokens": 1.0}).backward()
     assert weight.grad is not None and not weight.grad.isfinite().any()
 
 
 def test_every_trainable_parameter_is_reached_and_the_loss_is_unchanged() -> None:
-    model = small_model()
-    model[2].bias.requires_grad_(False)
-    loss = model[0](torch.ones(1, 4)).sum()
-    (expected,) = torch.autograd.grad(loss, model[0].weight, retain_graph=True)
-    reached = reach_all(loss, model)
+    used, unused, frozen = nn.Linear(4, 2), nn.Linear(3, 6), nn.Linear(2, 2).requires_grad_(False)
+    loss = used(torch.ones(1, 4)).sum()
+    (expected,) = torch.autograd.grad(loss, used.weight, retain_graph=True)
+    reached = reach_all(loss, nn.ModuleList([used, unused, frozen]))
     reached.backward()
     assert reached.item() == loss.item()
-    assert torch.equal(model[0].weight.grad, expected)
-    assert torch.equal(model[2].weight.grad, torch.zeros(3, 6)) and model[2].bias.grad is None
+    assert used.weight.grad is not None and torch.equal(used.weight.grad, expected)
+    assert unused.weight.grad is not None and torch.equal(unused.weight.grad, torch.zeros(6, 3))
+    assert frozen.weight.grad is None
 
 
 def test_to_device_goes_through_containers() -> None:
     batch = {"a": torch.zeros(1), "b": [torch.zeros(2), "text"], "c": (torch.zeros(3), {"d": torch.zeros(4)})}
     moved = to_device(batch, torch.device("meta"))
-    assert [t.device.type for t in (moved["a"], moved["b"][0], moved["c"][0], moved["c"][1]["d"])] == [
-        "meta"
-    ] * 4
+    assert [t.device.type for t in (moved["a"], moved["b"][0], moved["c"][0], moved["c"][1]["d"])] == ["meta"] * 4
     assert moved["b"][1] == "text" and isinstance(moved["c"], tuple)
 
 
@@ -283,9 +281,7 @@ def test_dry_run_without_the_manifest(toy_config: Make, tmp_path: Path) -> None:
 def test_memory_per_gpu(
     toy_config: Make, tmp_path: Path, stage: int, precision: str, expected: tuple[float, ...]
 ) -> None:
-    training = read_config(
-        toy_config(tmp_path, training__zero_stage=stage, training__precision=precision)
-    ).training
+    training = read_config(toy_config(tmp_path, training__zero_stage=stage, training__precision=precision)).training
     need = memory(training, gpus=4, trainable=1000, frozen=500)
     assert (need.weights, need.gradients, need.optimizer) == expected
     if stage == 0:

@@ -16,6 +16,16 @@ from mllm3d.data.samplers import batches_for_rank, make_groups
 from tests.training.toy_launch import DEEPSPEED, PYTHON, TORCHRUN, Outcome, launch, read_metrics, read_weights
 
 STAGES = [("fp32", 2), ("bf16", 2), ("fp32", 0), ("bf16", 0), ("bf16", 1), ("fp32", 3), ("bf16", 3)]
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{f"{p}_{s}": {"training__precision": p, "training__zero_stage": s} for p, s in STAGES},
+    "offload": {"training__precision": "bf16", "training__offload": "cpu"},
+    "muon": {"training__optimizer__name": "muon", "training__zero_stage": 0},
+    "muon_bf16": {
+        "training__optimizer__name": "muon",
+        "training__zero_stage": 0,
+        "training__precision": "bf16",
+    },
+}
 LINEAR = {"lr": 100.0, "betas": [0.0, 0.0], "eps": 1e4, "clip_norm": 0.0, "schedule": "constant"}
 """AdamW without memory and with an epsilon far above the gradients is w -= lr / eps * gradient: what the
 weights have moved by is the gradient."""
@@ -42,27 +52,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory, toy_config: Config) -> Runs:
         names.append(name)
         plan.append({"config": toy_config(folder / (output or name), **changes), "resume": resume})
 
-    for precision, stage in STAGES:
-        name = f"{precision}_{stage}"
-        changes = {"training__precision": precision, "training__zero_stage": stage}
+    for name, changes in VARIANTS.items():
         add(name, **changes)
         plan.append({"copy": [str(folder / name), str(folder / f"{name}_resumed"), 2]})
         add(f"{name}_resumed", resume=True, **changes)
-    muon = {"training__optimizer__name": "muon", "training__zero_stage": 0}
-    add("muon", **muon)
-    plan.append({"copy": [str(folder / "muon"), str(folder / "muon_resumed"), 2]})
-    add("muon_resumed", resume=True, **muon)
 
-    one_step = {"training__max_steps": 1, "training__optimizer": LINEAR, "model__dropout": 0.0}
+    one_step: dict[str, Any] = {
+        "training__max_steps": 1,
+        "training__optimizer": LINEAR,
+        "model__dropout": 0.0,
+    }
     add("gradient", **one_step)
     for stage in (0, 1, 2):
         add(f"side_{stage}", model__use_side="even_ranks", training__zero_stage=stage, **one_step)
     for stage in (0, 1, 2):
-        halves = {"training__precision": "bf16", "training__zero_stage": stage}
+        halves: dict[str, Any] = {"training__precision": "bf16", "training__zero_stage": stage}
         add(f"side_bf16_{stage}", model__use_side="even_ranks", **halves, **one_step)
     for poison in ("loss", "gradient"):
         for stage in (0, 2):
-            bad = {"model__poison": poison, "model__poison_step": 2, "training__zero_stage": stage}
+            bad: dict[str, Any] = {
+                "model__poison": poison,
+                "model__poison_step": 2,
+                "training__zero_stage": stage,
+            }
             add(f"poison_{poison}_{stage}", training__log_every=1, **bad)
 
     plan.append({"copy": [str(folder / "fp32_2"), str(folder / "full"), 2]})
@@ -100,16 +112,20 @@ def alone(tmp_path_factory: pytest.TempPathFactory, toy_config: Config, runs: Ru
     (folder / "broken.jsonl").write_text(json.dumps({**row, "volume": "absent.npy"}) + "\n")
     names += ["best", "checkpointed"]
     scores = {"1": 0.1, "2": 0.7, "3": 0.7, "4": 0.3}
-    often = {"training__save_every": 1, "training__keep_last": 1}
+    often: dict[str, Any] = {"training__save_every": 1, "training__keep_last": 1}
     plan.append({"config": toy_config(folder / "best", **often), "scores": scores})
     plan.append({"config": toy_config(folder / "checkpointed", training__activation_checkpointing=True)})
-    names += ["again", "nothing_to_resume"]
+    names += ["again", "nothing_to_resume", "other_files", "second_try"]
     plan.append({"config": toy_config(folder / "whole")})
     plan.append({"config": toy_config(folder / "absent"), "resume": True})
+    (folder / "other_files").mkdir()
+    (folder / "other_files" / "notes.txt").touch()
+    plan.append({"config": toy_config(folder / "other_files")})
+    plan.append({"config": toy_config(folder / "unreadable")})
     return Runs(folder, names, launch(PYTHON, plan, folder / "plan"))
 
 
-@pytest.mark.parametrize("name", [*(f"{precision}_{stage}" for precision, stage in STAGES), "muon"])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_resume_gives_bit_for_bit_what_an_uninterrupted_run_gives(runs: Runs, name: str) -> None:
     assert runs.errors[name] is None and runs.errors[f"{name}_resumed"] is None
     whole, resumed = read_metrics(runs.folder / name), read_metrics(runs.folder / f"{name}_resumed")
@@ -131,9 +147,7 @@ def test_runs_reach_the_second_epoch_and_learn(runs: Runs) -> None:
 @pytest.mark.parametrize("name", ["fp32_0", "fp32_3"])
 def test_stages_agree_in_fp32(runs: Runs, name: str) -> None:
     """The same mathematics; sums in another order, so equal to fp32's rounding over 4 steps."""
-    for mine, other in zip(
-        read_metrics(runs.folder / "fp32_2"), read_metrics(runs.folder / name), strict=True
-    ):
+    for mine, other in zip(read_metrics(runs.folder / "fp32_2"), read_metrics(runs.folder / name), strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
 
@@ -150,9 +164,7 @@ def first_step_rows(manifest: Path) -> list[list[Row]]:
     """Rows of the four micro-batches (2 ranks x accumulation 2) of the first step, seed 3."""
     rows = read_manifest(manifest)
     groups = make_groups(rows, 2, seed=3, epoch=0)
-    batches = [
-        batch for rank in range(2) for batch in batches_for_rank(groups, 1, rank, 2, seed=3, epoch=0)[:2]
-    ]
+    batches = [batch for rank in range(2) for batch in batches_for_rank(groups, 1, rank, 2, seed=3, epoch=0)[:2]]
     return [[rows[index] for group in batch for index in group.rows] for batch in batches]
 
 
@@ -168,17 +180,13 @@ def test_loss_is_divided_by_the_tokens_of_all_ranks_and_micro_batches(runs: Runs
     assert len(set(tokens)) > 1, "unequal counts, or the test can't tell a mean of means"
     config = read_config(json.loads((runs.folder / "plan" / "plan.json").read_text())[0]["config"])
     torch.manual_seed(3)
-    model = ToyRecipe(
-        config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.0})})
-    ).build()
+    model = ToyRecipe(config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.0})})).build()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     answer, size, questions = torch.zeros(()), torch.zeros(()), 0
     for row in [row for batch in batches for row in batch]:
         voxels = np.load(toy_manifest.parent / row.volume).clip(-1000, 1000)
         voxels = (np.rint((voxels + 1000) / 2000 * 65535) / 65535).astype(np.float32)
-        logits = model(
-            torch.from_numpy(voxels).flatten()[None], torch.tensor([int(row.question)]), torch.tensor([0])
-        )
+        logits = model(torch.from_numpy(voxels).flatten()[None], torch.tensor([int(row.question)]), torch.tensor([0]))
         answer = answer - sum(logits[0].log_softmax(0)[int(digit)] for digit in row.answer)
         size, questions = size + 0.01 * logits.pow(2).mean(), questions + 1
     loss = answer / sum(tokens) + size / questions  # per token and per question of the whole step
@@ -191,12 +199,8 @@ def test_loss_is_divided_by_the_tokens_of_all_ranks_and_micro_batches(runs: Runs
     after = read_weights(runs.folder / "gradient")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = (
-                0.01 if parameter.ndim == 2 and name != "ask.weight" else 0.02
-            )  # lr / eps; group "rest" has 2 lr
-            torch.testing.assert_close(
-                (before[name] - after[name]) / rate, parameter.grad, rtol=1e-3, atol=1e-5
-            )
+            rate = 0.01 if parameter.ndim == 2 and name != "ask.weight" else 0.02  # lr / eps; group "rest" has 2 lr
+            torch.testing.assert_close((before[name] - after[name]) / rate, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_a_parameter_that_one_rank_does_not_use_gets_the_other_ranks_gradient(runs: Runs) -> None:
@@ -214,9 +218,7 @@ def test_a_parameter_that_one_rank_does_not_use_gets_the_other_ranks_gradient(ru
 
 @pytest.mark.parametrize("stage", [0, 2])
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
-def test_a_value_that_is_not_finite_stops_all_ranks_before_the_optimizer(
-    runs: Runs, poison: str, stage: int
-) -> None:
+def test_a_value_that_is_not_finite_stops_all_ranks_before_the_optimizer(runs: Runs, poison: str, stage: int) -> None:
     name = f"poison_{poison}_{stage}"
     what = "loss term answer on rank 1 (samples v" if poison == "loss" else "gradient norm (samples v"
     error = runs.errors[name]
@@ -262,6 +264,10 @@ def test_python_alone_trains_and_resumes(alone: Runs) -> None:
     assert [line["loss"] for line in whole] == [line["loss"] for line in resumed]
 
 
+def test_a_run_folder_whose_first_attempt_took_no_step_is_used_again(alone: Runs) -> None:
+    assert alone.errors["unreadable"] is not None and alone.errors["second_try"] is None
+
+
 def test_a_run_folder_says_what_was_run(alone: Runs) -> None:
     run = alone.folder / "whole"
     assert {path.name for path in run.iterdir()} == {
@@ -271,9 +277,7 @@ def test_a_run_folder_says_what_was_run(alone: Runs) -> None:
     environment = json.loads((run / "environment.json").read_text())
     assert environment["torch"] == torch.__version__ and environment["world_size"] == 1
     assert VolumeConfig.model_validate_json((run / "preprocessing.json").read_text()) == VolumeConfig()
-    assert (run / "preprocessing.json").read_text() == (
-        run / "checkpoints/step_4/model/preprocessing.json"
-    ).read_text()
+    assert (run / "preprocessing.json").read_text() == (run / "checkpoints/step_4/model/preprocessing.json").read_text()
     assert f"deepspeed train.py --config {run}/config.yaml --resume" in (run / "README.md").read_text()
     assert list((run / "tensorboard").glob("events.*"))
     line = read_metrics(run)[0]
@@ -319,10 +323,11 @@ def test_only_the_last_checkpoints_are_kept(alone: Runs) -> None:
         ("cut", ("mp_rank_00_model_states.pt: missing or cut short",)),
         (
             "again",
-            ("run.output: ", "already holds a run; continue it with --resume, or choose another run.output"),
+            ("run.output: ", "is not empty; continue it with --resume, or choose another run.output"),
         ),
         ("unreadable", ("absent.npy: ",)),
         ("checkpointed", ("training.activation_checkpointing: this model does not offer it",)),
+        ("other_files", ("is not empty; delete it, for it has no checkpoint, or choose another run.output",)),
         ("nothing_to_resume", ("run.output: ", "no checkpoint to resume; start without --resume")),
     ],
 )

@@ -36,9 +36,7 @@ def launch(command: list[str], plan: list[dict[str, Any]], folder: Path, **envir
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "plan.json"
     file.write_text(json.dumps(plan))
-    kept = {
-        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(
         [*command, str(HERE / "toy_run.py"), str(file)],
         env=kept

@@ -100,15 +100,15 @@ class ToyRecipe(Recipe):
         tokens = int((batch["targets"] != IGNORED).sum())
         return {"tokens": tokens, "questions": len(batch["ids"]), "volumes": len(batch["voxels"])}
 
-    def losses(self, model: nn.Module, batch: Batch, step: int, total_steps: int) -> StepOutput:
+    def losses(
+        self, model: nn.Module, batch: Batch, step: int, total_steps: int, weights: dict[str, float]
+    ) -> StepOutput:
         rank = torch.distributed.get_rank()
         with_side = self.settings.use_side == "always" or rank % 2 == 0
         logits = model(batch["voxels"], batch["ask"], batch["owner"], with_side).float()
         targets = batch["targets"]
         everywhere = logits[:, None].expand(-1, targets.shape[1], -1).flatten(0, 1)
-        answer = functional.cross_entropy(
-            everywhere, targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        answer = functional.cross_entropy(everywhere, targets.flatten(), ignore_index=IGNORED, reduction="sum")
         size = 0.01 * logits.pow(2).mean(1).sum()
         if step == self.settings.poison_step and rank == torch.distributed.get_world_size() - 1:
             if self.settings.poison == "loss":
@@ -116,14 +116,14 @@ class ToyRecipe(Recipe):
             if self.settings.poison == "gradient":
                 size = size + 0 * torch.sqrt(logits.abs().sum() * 0)  # value 0, gradient 0 * inf
         right = (logits.argmax(-1) == targets[:, 0]).sum()
-        metrics = {"accuracy": (right, len(targets)), "keep_rate": (0.5 * len(targets), len(targets))}
-        return StepOutput({"answer": Term(answer, "tokens"), "size": Term(size, "questions")}, metrics)
+        return StepOutput(
+            {"answer": Term(answer, "tokens"), "size": Term(size, "questions")},
+            {"accuracy": (right, len(targets)), "keep_rate": (0.5 * len(targets), len(targets))},
+        )
 
     def save(self, module: nn.Module, state_dict: dict[str, Tensor] | None, directory: Path) -> None:
         weights = module.state_dict() if state_dict is None else state_dict
-        save_file(
-            {name: tensor.contiguous() for name, tensor in weights.items()}, directory / "model.safetensors"
-        )
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, directory / "model.safetensors")
         (directory / "config.json").write_text(json.dumps({"model_type": "toy"}))
 
     def describe(self) -> Description:

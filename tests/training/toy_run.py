@@ -31,9 +31,7 @@ from tests.training.toy_recipe import ToyRecipe, ToySettings  # noqa: E402
 
 def read_config(values: dict[str, Any]) -> Config:
     settings = ToySettings(**values["model"])
-    return Config.model_validate_json(json.dumps({**values, "model": {}})).model_copy(
-        update={"model": settings}
-    )
+    return Config.model_validate_json(json.dumps({**values, "model": {}})).model_copy(update={"model": settings})
 
 
 def train(entry: dict[str, Any]) -> tuple[str | None, float]:
@@ -59,9 +57,7 @@ def distance(recipe: ToyRecipe, checkpoints: Path) -> float:
     if recipe.settings.poison == "none" or recipe.model is None:
         return float("nan")
     saved = load_file(checkpoints / latest.read_text().strip() / "model" / "model.safetensors")
-    return max(
-        float((saved[name] - weight).abs().max()) for name, weight in recipe.model.state_dict().items()
-    )
+    return max(float((saved[name] - weight).abs().max()) for name, weight in recipe.model.state_dict().items())
 
 
 def keep_until(source: Path, target: Path, step: int) -> None:
