@@ -17,6 +17,9 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 QUICKSTART := runs/quickstart
 
+# Threads that wait for each other sleep instead of spinning: a busy machine then costs its share and no more.
+export OMP_WAIT_POLICY := passive
+
 .PHONY: install test quickstart clean
 .DEFAULT_GOAL := test
 
@@ -55,15 +58,21 @@ test: $(INSTALLED)
 # A small Photon through its phases on generated phantoms: vision, questions, patch embedding, token dropping.
 quickstart: $(INSTALLED)
 	rm -rf $(QUICKSTART)
-	$(BIN)/python data/phantom/prepare.py --out $(QUICKSTART)/data --cases 1200 --seed 0
+	$(BIN)/python data/phantom/prepare.py --out $(QUICKSTART)/data --cases 1200 --seed 0 --tasks existence --priors 0
 	$(BIN)/python train.py --config quickstart/vision
 	$(BIN)/python train.py --config quickstart/backbone
 	$(BIN)/python train.py --config quickstart/phase1
 	$(BIN)/python train.py --config quickstart/phase2
 	$(BIN)/python eval.py --config quickstart/phase2
 	$(BIN)/mllm3d release --overwrite $(QUICKSTART)/phase2 $(QUICKSTART)/release
-	$(BIN)/mllm3d predict --checkpoint $(QUICKSTART)/release --evidence $(QUICKSTART)/evidence.png \
-	  --volume "$$(ls $(QUICKSTART)/data/volumes/*.nii.gz | tail -n 1)" --question "Is there a pleural effusion?"
+	volume=$$(sed -n 's/.*"split": *"test".*"volume": *"\([^"]*\)".*/\1/p' $(QUICKSTART)/data/manifest.jsonl | head -n 1); \
+	$(BIN)/mllm3d predict --checkpoint $(QUICKSTART)/release --volume $(QUICKSTART)/data/$$volume \
+	  --question "Is there a pleural effusion?" --evidence $(QUICKSTART)/evidence.png
+	@echo "data         $(QUICKSTART)/data"
+	@echo "runs         $(QUICKSTART)/{vision,backbone,phase1,phase2}, each with a README"
+	@echo "results      $(QUICKSTART)/phase2/evaluation/test/table.md"
+	@echo "checkpoint   $(QUICKSTART)/release"
+	@echo "evidence     $(QUICKSTART)/evidence.png"
 
 clean:
 	rm -rf .venv $(QUICKSTART) *.egg-info

@@ -34,7 +34,7 @@ def adapter_class(model_type: str) -> Any:
 def _resolve(name: str, table: dict[str, str], what: str) -> Any:
     if name not in table:
         near = difflib.get_close_matches(name, table, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ";"
+        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"{what} {name!r}: unknown{hint} (known: {', '.join(sorted(table))})")
     module, _, attribute = table[name].partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -5,17 +5,21 @@ is the one failure that no metric shows early.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.utils import logging
 
 from photon.configuration_photon import BACKBONES, PhotonConfig
 from photon.geometry import Size3
 from photon.modeling_photon import PhotonForConditionalGeneration
 from photon.patch_embedding import QWEN_STD, inflate
+from photon.processing_photon import PhotonProcessor
 from photon.scheduling import SchedulingSettings
 
 PATCH_WEIGHT = "model.visual.patch_embed.proj.weight"
@@ -35,23 +39,36 @@ def planned_config(name: str) -> PhotonConfig | None:
 
 
 def read_config(source: str | Path) -> PhotonConfig:
-    """Configuration of a Qwen2.5-VL or Photon checkpoint (path or hub name)."""
+    """Configuration of a Qwen2.5-VL or Photon checkpoint (path or hub name).
+
+    Raises:
+        ValueError: the checkpoint is of another model. OSError: it cannot be read.
+    """
+    _family(source)
     config = AutoConfig.from_pretrained(source)
-    if isinstance(config, PhotonConfig):
-        return config
-    if config.model_type != "qwen2_5_vl":
-        raise ValueError(f"{source}: a checkpoint of {config.model_type!r}; Photon starts from qwen2_5_vl or photon")
-    return photon_config(config.to_dict())
+    return config if isinstance(config, PhotonConfig) else photon_config(config.to_dict())
+
+
+def _family(source: str | Path) -> str:
+    """Whose checkpoint it is; asked first, as AutoConfig has long advice for each model that it does not know."""
+    found = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+    if found not in ("qwen2_5_vl", "photon"):
+        what = f"a checkpoint of {found!r}" if found else "no config.json with a model_type in it"
+        raise ValueError(f"{what}; Photon starts from qwen2_5_vl or photon")
+    return str(found)
 
 
 def read_model(source: str | Path, dtype: torch.dtype = torch.float32) -> PhotonForConditionalGeneration:
     """Weights of a Qwen2.5-VL or Photon checkpoint in a Photon model with the same patch embedding.
 
     Raises:
-        ValueError: a weight is missing, is not expected or has another shape.
+        ValueError: a weight is missing, is not expected or has another shape, or the checkpoint is of another model.
+        OSError: it cannot be read. SafetensorError: a file of weights is damaged.
     """
-    config = AutoConfig.from_pretrained(source)
-    if isinstance(config, PhotonConfig):
+    family = _family(source)
+    if Path(source).is_dir() and not list(Path(source).glob("*.safetensors")):
+        raise ValueError("no weights (*.safetensors) in it; copy them there or export the checkpoint again")
+    if family == "photon":
         return _strictly(PhotonForConditionalGeneration, source, dtype)
     model = empty(read_config(source), dtype)
     weights = _strictly(Qwen2_5_VLForConditionalGeneration, source, dtype).state_dict()
@@ -63,12 +80,63 @@ def read_model(source: str | Path, dtype: torch.dtype = torch.float32) -> Photon
 
 def _strictly(family: Any, source: str | Path, dtype: torch.dtype) -> Any:
     """``from_pretrained`` that fails where the library would leave a weight random or unused."""
-    model, report = family.from_pretrained(source, dtype=dtype, output_loading_info=True, use_safetensors=True)
-    wrong = {name: sorted(map(str, keys)) for name, keys in report.items() if keys}
+    with _no_report():
+        model, report = family.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in `report` instead of raised
+        )
+    wrong = {name: sorted(map(_named, keys)) for name, keys in report.items() if keys}
     if wrong:
         named = "; ".join(f"{name.replace('_', ' ')}: {', '.join(keys[:5])}" for name, keys in wrong.items())
-        raise ValueError(f"{source}: the weights do not fit the model ({named})")
+        raise ValueError(f"the weights do not fit config.json ({named}); export the checkpoint again")
     return model
+
+
+def _named(key: Any) -> str:
+    """A key of the loading report; of a weight with another shape it is (name, stored shape, model's shape)."""
+    return key if isinstance(key, str) else f"{key[0]} {tuple(key[1])} for {tuple(key[2])}"
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Without the library's table of keys, which says that training will do what is wrong here."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def read_tokenizer(source: str | Path, config: PhotonConfig) -> Any:
+    """Tokenizer of a checkpoint. Raises ``ValueError`` if it is missing, is damaged or does not fit ``config``."""
+    return _fitting(_undamaged(AutoTokenizer, source), config)
+
+
+def read_processor(source: str | Path, config: PhotonConfig) -> PhotonProcessor:
+    """Processor of a Photon checkpoint, under the same conditions."""
+    processor: PhotonProcessor = _undamaged(PhotonProcessor, source)
+    _fitting(processor.tokenizer, config)
+    if processor.geometry != config.patches:  # a missing file counts as one with Photon's published numbers
+        raise ValueError("processor_config.json: missing, or cuts volumes otherwise than config.json; copy it again")
+    return processor
+
+
+def _undamaged(kind: Any, source: str | Path) -> Any:
+    try:
+        return kind.from_pretrained(source)
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise ValueError("tokenizer.json, tokenizer_config.json: missing or damaged; copy them again") from error
+
+
+def _fitting(tokenizer: Any, config: PhotonConfig) -> Any:
+    """Without tokenizer.json the library makes an empty tokenizer."""
+    if tokenizer.convert_tokens_to_ids("<|video_pad|>") != config.video_token_id:
+        raise ValueError("tokenizer.json: missing, or of another model than config.json; copy it again")
+    return tokenizer
 
 
 def empty(config: PhotonConfig, dtype: torch.dtype = torch.float32) -> PhotonForConditionalGeneration:

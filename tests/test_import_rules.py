@@ -21,12 +21,13 @@ OUTSIDE_THE_PACKAGES = ("data", "benchmarks", "train.py", "eval.py")
 # transformers; peft is for LoRA.
 MODEL_LIBRARIES = {"torch", "transformers", "einops", "numpy", "tokenizers", "safetensors", "peft"}
 # Rooms of mllm3d and the rooms that each may import besides itself.
-GROUND = {"errors", "config", "registry"}
+GROUND = {"errors", "config", "registry", "rundirs"}
 MAY_IMPORT = {
     "": set(),
     "errors": set(),
     "registry": {"errors"},
     "config": {"errors", "registry"},
+    "rundirs": {"errors"},
     "data": GROUND,
     "training": GROUND | {"data"},
     "inference": GROUND | {"data"},

@@ -62,6 +62,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Preprocessing by name: values for the fields of `VolumeConfig` that a config does not give."""
 
 
+H100_TFLOPS = 989.0
+"""Dense BF16 peak of an H100 SXM: the GPU that is meant where a config names none."""
+
+
 class RunConfig(Settings):
     """Where a run is kept, and what makes it repeatable."""
 
@@ -214,12 +218,19 @@ class EvaluationConfig(Settings):
 
 
 class EstimateConfig(Settings):
-    """The machine that `--dry-run` estimates memory and hours for."""
+    """The machine that `--dry-run` estimates memory and hours for, and whose peak MFU is measured against."""
 
     gpus: PositiveInt = Field(default=8, description="GPUs that the run would use.")
-    peak_tflops: PositiveFloat = Field(default=989.0, description="Dense BF16 peak of one GPU (H100 SXM: 989).")
+    peak_tflops: PositiveFloat | None = Field(
+        default=None, description="Dense BF16 peak of one device. None: 989 (H100 SXM); on a CPU no MFU."
+    )
     mfu: float = Field(default=0.35, gt=0, le=1, description="Share of the peak that training reaches.")
     memory_gib: PositiveFloat = Field(default=80.0, description="Memory of one GPU.")
+
+    @property
+    def peak_flops(self) -> float:
+        """Peak of one GPU in FLOPs per second."""
+        return (H100_TFLOPS if self.peak_tflops is None else self.peak_tflops) * 1e12
 
 
 class Config(Settings):

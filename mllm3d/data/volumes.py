@@ -110,8 +110,8 @@ def _check_exists(path: Path) -> None:
     if path.exists():
         return
     near = path.with_suffix("") if path.suffix == ".gz" else path.with_name(path.name + ".gz")
-    hint = f"; there is {near.name}" if near.is_file() else ""
-    raise UserError(f"{path}: no such file or folder{hint}")
+    hint = f" (there is {near.name})" if near.is_file() else ""
+    raise UserError(f"{path}: no such file or folder; correct the path{hint}")
 
 
 def _read_stored(path: Path) -> Stored:

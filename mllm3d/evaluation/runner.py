@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -22,7 +22,7 @@ from mllm3d.data.prompts import question_text
 from mllm3d.errors import UserError
 from mllm3d.evaluation.predictions import Sample, append, read
 from mllm3d.evaluation.results import Results
-from mllm3d.evaluation.scoring import score, summarise
+from mllm3d.evaluation.scoring import TableRow, score, summarise
 from mllm3d.evaluation.tables import print_table, write_results
 from mllm3d.inference.adapter import Mode
 from mllm3d.inference.checkpoint import fingerprint
@@ -65,11 +65,26 @@ def evaluate(config: Config, checkpoint: Path | None = None, device: str | None 
         date=datetime.now(UTC).date().isoformat(),
         device=predictor.device,
         modes={mode: summarise(items) for mode, items in samples.items()},
-        rows=score(samples, train),
+        rows=[*_as_trained(config, samples, train), *score(samples, train)],
     )
     write_results(results, folder)
     print_table(results)
     return results
+
+
+def _as_trained(config: Config, samples: Mapping[str, Sequence[Sample]], train: Sequence[Row]) -> list[TableRow]:
+    """Task rows over the kinds of questions that the run was trained on, where more than those were asked."""
+    data = config.data
+    if config.evaluation.where is None or config.evaluation.where == data.where:
+        return []
+    everything = read_manifest(data.manifest)
+    learned = select(everything, data.train_split, data.where)
+    asked = {row.id for row in select(everything, data.eval_split, data.where)}
+    chosen = {mode: [item for item in items if item.id in asked] for mode, items in samples.items()}
+    if not any(chosen.values()) or all(len(chosen[mode]) == len(items) for mode, items in samples.items()):
+        return []
+    rows = [row for row in score(chosen, learned if train else []) if row.subtask is None]
+    return [row.model_copy(update={"task": f"{row.task}, as trained"}) for row in rows]
 
 
 def predictions_file(folder: Path, mode: str) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 from mllm3d.evaluation.results import Results
 from mllm3d.evaluation.scoring import TableRow
 
-WIDTH = 112
+WIDTH = 120
 HEADERS = {"none": "no dropping", "random": "random, same rate", "zeroed": "volume zeroed"}
 # Tasks whose sub-tasks are findings, each shown in its own row.
 PER_FINDING = ("existence", "existence detection")
@@ -56,8 +56,8 @@ def print_table(results: Results) -> None:
     header, rows = cells(results)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for number, name in enumerate(header):
-        if number:  # the figures stay whole, the words above them may be broken
-            longest = max(len(line[number]) for line in rows)
+        if number:  # figures and words stay whole, a heading of several words may be broken
+            longest = max(len(text) for text in [*name.split(), *(line[number] for line in rows)])
             table.add_column(name, justify="right", min_width=longest, max_width=12)
         else:
             table.add_column(name, no_wrap=True)

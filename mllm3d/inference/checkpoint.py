@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from mllm3d.config import VolumeConfig
 from mllm3d.errors import UserError
+from mllm3d.rundirs import has_checkpoint, newest_step
 
 PREPROCESSING = "preprocessing.json"
 
@@ -54,16 +55,12 @@ def _model_folder(path: Path) -> Path:
         return path
     if (path / "model" / "config.json").is_file():
         return path / "model"
-    latest = path / "checkpoints" / "latest"
-    if not latest.is_file():
+    if not has_checkpoint(path):
         raise UserError(
             f"{path}: neither config.json nor checkpoints/latest in it; "
             "give a released folder, a run that has saved a checkpoint, or RUN/checkpoints/step_N"
         )
-    model = path / "checkpoints" / latest.read_text(encoding="utf-8").strip() / "model"
-    if not (model / "config.json").is_file():
-        raise UserError(f"{latest}: names {model.parent.name}, which is gone or incomplete; name another step folder")
-    return model
+    return newest_step(path, "model/config.json") / "model"
 
 
 def _model_type(model: Path) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from mllm3d.config import VolumeConfig
 from mllm3d.data.preprocess import Prepared, prepare
 from mllm3d.data.volumes import Volume, read_volume
+from mllm3d.errors import UserError
 from mllm3d.inference.adapter import Adapter, Mode, RawAnswer
 from mllm3d.inference.checkpoint import Checkpoint, open_checkpoint
 from mllm3d.registry import adapter_class
@@ -55,7 +56,7 @@ class Predictor:
         import torch
 
         checkpoint = open_checkpoint(path)
-        adapter: type[Adapter] = adapter_class(checkpoint.model_type)
+        adapter = _adapter_of(checkpoint)
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None:
             dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
@@ -106,6 +107,14 @@ class Predictor:
         if ends[-1] != len(answer.kept):
             raise ValueError(f"{len(answer.kept)} tokens in the answer, {ends[-1]} boxes on the volumes")
         return boxes[index][np.split(answer.kept, ends[:-1])[index]]
+
+
+def _adapter_of(checkpoint: Checkpoint) -> type[Adapter]:
+    try:
+        found: type[Adapter] = adapter_class(checkpoint.model_type)
+    except UserError as error:
+        raise UserError(f"{checkpoint.model / 'config.json'}: {error}; name a checkpoint of one of these") from error
+    return found
 
 
 def looks_like_hu(array: np.ndarray) -> bool:

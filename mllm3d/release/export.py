@@ -8,7 +8,9 @@ from pathlib import Path
 from mllm3d.errors import UserError
 from mllm3d.registry import adapter_class
 from mllm3d.release.card import write_card
+from mllm3d.rundirs import newest_step, saved_steps
 
+MODEL = "model/config.json"
 PREPROCESSING = "preprocessing.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -40,24 +42,19 @@ def release(run: Path, out: Path, checkpoint: str = "latest", overwrite: bool = 
 
 def find_step(run: Path, checkpoint: str) -> Path:
     """The step folder of a run that `latest`, `best` or a number names; it must have a complete model."""
-    checkpoints = run / "checkpoints"
-    if checkpoint.isdecimal():
-        names = {path.name.removeprefix("step_"): path for path in checkpoints.glob("step_*")}
-        numbered = {int(name): path for name, path in names.items() if name.isdecimal()}
-        step = numbered.get(int(checkpoint), checkpoints / f"step_{checkpoint}")
-    elif checkpoint in ("latest", "best"):
-        pointer = checkpoints / "latest"
-        if not pointer.is_file():
-            raise UserError(f"{pointer}: missing; the run has saved no checkpoint")
-        step = checkpoints / pointer.read_text(encoding="utf-8").strip()
-        if checkpoint == "best":
-            step = checkpoints / f"step_{_best_step(step)}"
+    if checkpoint == "latest":
+        return newest_step(run, MODEL)
+    steps = saved_steps(run)
+    if checkpoint == "best":
+        number = _best_step(newest_step(run, MODEL))
+    elif checkpoint.isdecimal():
+        number = int(checkpoint)
     else:
         raise UserError(f"checkpoint {checkpoint!r}: must be latest, best or a step's number")
-    if not (step / "model" / "config.json").is_file():
-        saved = sorted(path.parent.parent.name for path in checkpoints.glob("step_*/model/config.json"))
-        raise UserError(f"{step}: no complete checkpoint there; this run has {', '.join(saved) or 'none'}")
-    return step
+    if number not in steps or not (steps[number] / MODEL).is_file():
+        complete = ", ".join(step.name for step in steps.values() if (step / MODEL).is_file())
+        raise UserError(f"{run}: no complete step_{number} in it; this run has {complete or 'none'}")
+    return steps[number]
 
 
 def _best_step(newest: Path) -> int:

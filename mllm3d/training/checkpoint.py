@@ -22,6 +22,7 @@ from torch import nn
 
 from mllm3d.config import Config
 from mllm3d.errors import UserError
+from mllm3d.rundirs import CHECKPOINTS, LATEST, has_checkpoint, newest_step, saved_steps
 from mllm3d.training import random_state
 from mllm3d.training.distributed import World, one_line
 from mllm3d.training.recipe import Recipe
@@ -65,8 +66,8 @@ def identity(config: Config, module: nn.Module, world: World, data: str) -> dict
 class Checkpoints:
     """The folder of checkpoints of one run, as seen by one rank."""
 
-    def __init__(self, folder: Path, config: Config, identity: dict[str, Any], world: World) -> None:
-        self.folder = folder
+    def __init__(self, run: Path, config: Config, identity: dict[str, Any], world: World) -> None:
+        self.run, self.folder = run, run / CHECKPOINTS
         self.identity = identity
         self.keep_last = config.training.keep_last
         self.preprocessing = config.volume.model_dump_json(indent=2)
@@ -111,9 +112,9 @@ class Checkpoints:
         return reason
 
     def _remedy(self) -> str:
-        latest = self.folder / "latest"
-        kept = f"{latest.read_text().strip()} is intact: " if latest.is_file() else "no checkpoint before it: "
-        return kept + "free space there" + (" and --resume" if latest.is_file() else " and start again")
+        if not has_checkpoint(self.run):
+            return "no checkpoint before it: free space there and start again"
+        return f"{newest_step(self.run, TRAINER).name} is intact: free space there and --resume"
 
     def _publish(self, draft: Path, target: Path, progress: Progress) -> None:
         sizes = {str(f.relative_to(draft)): f.stat().st_size for f in sorted(draft.rglob("*")) if f.is_file()}
@@ -125,10 +126,10 @@ class Checkpoints:
             shutil.rmtree(target, ignore_errors=True)
             draft.rename(target)
             _flush(self.folder)
-            pointer = self.folder / "latest.tmp"
+            pointer = self.folder / f"{LATEST}.tmp"
             pointer.write_text(target.name + "\n", encoding="utf-8")
             _flush(pointer)
-            os.replace(pointer, self.folder / "latest")
+            os.replace(pointer, self.folder / LATEST)
             _flush(self.folder)
         except OSError as error:
             shutil.rmtree(draft, ignore_errors=True)
@@ -136,11 +137,11 @@ class Checkpoints:
         self._prune(progress)
 
     def _prune(self, progress: Progress) -> None:
-        steps = sorted(int(path.name[5:]) for path in self.folder.glob("step_*") if path.name[5:].isdigit())
+        steps = saved_steps(self.run)
         keep = {*[step for step in steps if step <= progress.step][-self.keep_last :], progress.best_step}
-        for step in steps:
+        for step, folder in steps.items():
             if step not in keep:
-                shutil.rmtree(self.folder / f"step_{step}")
+                shutil.rmtree(folder)
 
     # --- resuming -------------------------------------------------------------------------------------------
 
@@ -150,7 +151,7 @@ class Checkpoints:
         Random states come last, by `restore_random_state`: what is built in between may draw numbers.
         """
         with self.world.together():
-            folder = newest(self.folder)
+            folder = newest_step(self.run, TRAINER)
             progress = self._checked(folder)
         own = [dict(group) for group in engine.basic_optimizer.param_groups]
         path, _ = engine.load_checkpoint(str(folder), tag=STATE)
@@ -161,7 +162,7 @@ class Checkpoints:
 
     def restore_random_state(self) -> None:
         """This rank's random states as they were when the newest checkpoint was saved."""
-        random_state.load(newest(self.folder) / f"rank_{self.world.rank}.safetensors")
+        random_state.load(newest_step(self.run, TRAINER) / f"rank_{self.world.rank}.safetensors")
 
     def _checked(self, folder: Path) -> Progress:
         """Progress of a checkpoint that is complete and belongs to this run."""
@@ -171,7 +172,7 @@ class Checkpoints:
             saved, sizes, progress = content["identity"], content["files"], content["progress"]
         except (ValueError, KeyError) as error:
             raise UserError(
-                f"{file}: damaged; restore it, or name an older step in {folder.parent / 'latest'}"
+                f"{file}: damaged; restore it, or name an older step in {folder.parent / LATEST}"
             ) from error
         for key, mine in self.identity.items():
             if saved.get(key) != mine:
@@ -182,20 +183,9 @@ class Checkpoints:
         for name, size in sizes.items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != size:
-                raise UserError(f"{path}: missing or cut short; name an older step in {folder.parent / 'latest'}")
+                raise UserError(f"{path}: missing or cut short; name an older step in {folder.parent / LATEST}")
         position = progress["position"]
         return Progress(**{**progress, "position": None if position is None else (position[0], position[1])})
-
-
-def newest(folder: Path) -> Path:
-    """The checkpoint that RUN/checkpoints/latest names. Raises `UserError` where there is none to resume."""
-    latest = folder / "latest"
-    if not latest.is_file():
-        raise UserError(f"{latest}: no checkpoint to resume; start without --resume into another run.output")
-    path = folder / latest.read_text(encoding="utf-8").strip()
-    if not (path / TRAINER).is_file():
-        raise UserError(f"{latest}: names {path.name}, which is gone; write the name of another step into it")
-    return path
 
 
 def _keep_own_settings(engine: Any, own: list[dict[str, Any]]) -> None:

@@ -40,11 +40,12 @@ def report(config: Config, recipe: Recipe) -> str:
     model = recipe.build(meta=True)
     trainable, frozen = trainable_and_frozen(model)
     described = recipe.describe()
+    tokens = described.get("tokens_per_volume")
     size = data_size(config)
     lines = [
         ("recipe", config.recipe),
         ("parameters", f"{_count(trainable)} trainable, {_count(frozen)} frozen"),
-        ("tokens per volume", f"{described['tokens_per_volume']:,}"),
+        ("tokens per volume", f"{tokens:,}" if tokens else "differ: volume.shape and volume.crop are not set"),
         *_memory_lines(config, recipe.parameter_groups(model), trainable, frozen),
         *_time_lines(config, size, described.get("flops_per_volume")),
     ]
@@ -135,9 +136,9 @@ def _time_lines(config: Config, size: Size | None, flops_per_volume: float | Non
     lines.append(("steps", f"{steps:,} of {per_step:,} volumes ({most:,} questions at most)"))
     if flops_per_volume is None:
         return [*lines, ("hours", "unknown: the recipe gives no FLOPs")]
-    speed = estimate.gpus * estimate.peak_tflops * 1e12 * estimate.mfu
+    speed = estimate.gpus * estimate.peak_flops * estimate.mfu
     hours = steps * per_step * flops_per_volume / speed / 3600
-    machine = f"{estimate.gpus} GPUs of {estimate.peak_tflops:g} TFLOPS at {estimate.mfu:.0%}"
+    machine = f"{estimate.gpus} GPUs of {estimate.peak_flops / 1e12:g} TFLOPS at {estimate.mfu:.0%}"
     return [*lines, ("hours", f"{hours:.2g} on {machine}; {flops_per_volume / 1e12:.3g} TFLOP per volume")]
 
 

@@ -77,8 +77,9 @@ class MetricsLog:
             speed["seconds_per_step"] = seconds / len(self._steps)
             speed["mfu"] = self._mfu(seconds, sum(flops for _, flops in ranks))
             for (line, result), row in zip(self._steps, table, strict=True):
-                self._write(line | _values(columns, row.tolist(), result) | speed)
+                written = self._write(line | _values(columns, row.tolist(), result) | speed)
             self._file.flush()
+            self._show(written)
         self._steps.clear()
         self._flops = 0.0
         self._since = time.perf_counter()
@@ -117,13 +118,18 @@ class MetricsLog:
             return math.nan
         return flops / (seconds * self.peak_flops * self.world.size)
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _write(self, line: dict[str, Any]) -> dict[str, Any]:
+        """One step to metrics.jsonl and TensorBoard; the line as written (null for what is not finite)."""
         assert self._file is not None
         plain = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()}
         self._file.write(json.dumps(plain) + "\n")
         for name, value in plain.items():
             if name != "step" and value is not None:
                 self._board.add_scalar(name, value, line["step"])
+        return plain
+
+    def _show(self, plain: dict[str, Any]) -> None:
+        """The newest line's figures behind the progress bar."""
         samples = "questions_per_s" if "questions_per_s" in plain else "volumes_per_s"
         shown = {"loss": "loss", "lr": "lr", "keep_rate": "keep", samples: "samples/s"}
         self._bar.set_postfix(

@@ -54,12 +54,12 @@ class ParameterGroup(TypedDict):
 
 
 class Description(TypedDict):
-    """Figures for `--dry-run` and MFU. FLOPs are those of a forward and a backward pass.
+    """Figures for `--dry-run` and MFU, as far as they are known. FLOPs are those of a forward and a backward pass.
 
     MFU uses `flops_per_batch` if it is there, else `flops_per_volume` for each volume of a batch.
     """
 
-    tokens_per_volume: int
+    tokens_per_volume: NotRequired[int]
     flops_per_volume: NotRequired[float]
     flops_per_batch: NotRequired[Callable[[Batch], float]]
 
@@ -94,8 +94,10 @@ class Recipe(ABC):
 
     @abstractmethod
     def counts(self, batch: Batch) -> dict[str, int]:
-        """Units in the batch, the same keys for every batch: usually `tokens` (with a label), `questions`,
-        `volumes`."""
+        """Units in the batch, the same keys for every batch: usually `label_tokens`, `questions`, `volumes`.
+
+        They weigh the terms and give the throughput; none of them may be zero in a whole optimizer step.
+        """
 
     @abstractmethod
     def losses(

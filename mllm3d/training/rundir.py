@@ -11,6 +11,7 @@ import torch
 
 from mllm3d.config import Config, config_to_yaml
 from mllm3d.errors import UserError
+from mllm3d.rundirs import has_checkpoint
 from mllm3d.training.distributed import World
 
 PACKAGES = ("torch", "transformers", "deepspeed", "monai", "numpy")
@@ -37,7 +38,7 @@ def open_run(config: Config, world: World, resume: bool) -> Path:
 def _check(folder: Path, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.output: {folder} is a file; name a folder")
-    saved = (folder / "checkpoints" / "latest").is_file()
+    saved = has_checkpoint(folder)
     if resume and not saved:
         raise UserError(f"run.output: {folder} has no checkpoint to resume; start without --resume")
     if not resume and folder.is_dir() and any(not _is_from_start(path) for path in folder.iterdir()):

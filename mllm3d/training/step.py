@@ -37,15 +37,16 @@ def train_step(
     with many answer tokens so weighs as much as if everything had been one batch.
     """
     counts = global_counts(recipe, batches, step, world)
-    # DeepSpeed averages gradients over ranks and micro-batches; a mean over all of them has to undo that.
-    weights = {name: world.size * len(batches) / count for name, count in counts.items()}
+    # DeepSpeed averages gradients over ranks; a mean over the units of all of them has to undo that.
+    weights = {name: world.size / count for name, count in counts.items()}
     outputs: list[StepOutput] = []
     for batch in batches:
         output = recipe.losses(engine, to_device(batch, world.device), step, total_steps, weights)
         loss = step_loss(output, weights)
         if world.size > 1 and engine.zero_optimization_stage() in (1, 2):
             loss = reach_all(loss, engine.module)
-        engine.backward(loss)
+        # `weights` are those of the whole step already: the recipe needs the loss as it is differentiated.
+        engine.backward(loss, scale_wrt_gas=False)
         outputs.append(_detached(output))
         if is_plain(engine) and len(outputs) == len(batches):
             norm = _clip(engine)
@@ -69,8 +70,8 @@ def global_counts(recipe: Recipe, batches: Sequence[Batch], step: int, world: Wo
     counts = dict(zip(names, totals.tolist(), strict=True))
     for name, count in counts.items():
         if count == 0:
-            samples = _samples(_all_ids(recipe, batches, world))
-            world.stop(f"optimizer step {step + 1}: no {name} in its batches{samples}; correct these rows")
+            unit, samples = name.replace("_", " "), _samples(_all_ids(recipe, batches, world))
+            world.stop(f"optimizer step {step + 1}: no {unit} in its batches{samples}; correct these rows")
     return counts
 
 

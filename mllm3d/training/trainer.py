@@ -48,7 +48,7 @@ def fit(config: Config, recipe: Recipe, resume: bool = False, evaluate: Evaluate
     total_steps = count_steps(training, schedule.batches_per_epoch)
     engine = build_engine(config, recipe, world, total_steps)
     agreement = identity(config, engine.module, world, data_fingerprint(rows))
-    checkpoints = Checkpoints(run / "checkpoints", config, agreement, world)
+    checkpoints = Checkpoints(run, config, agreement, world)
     progress = checkpoints.load(engine) if resume else Progress()
     if progress.position is not None:
         schedule.seek(progress.position)
@@ -132,8 +132,8 @@ def flops_counter(recipe: Recipe) -> Callable[[list[Batch]], float]:
 
 def peak_flops(config: Config, world: World) -> float | None:
     """Of one device, for MFU. A CPU has none unless the config names it."""
-    given = "peak_tflops" in config.estimate.model_fields_set
-    return config.estimate.peak_tflops * 1e12 if given or world.device.type == "cuda" else None
+    known = config.estimate.peak_tflops is not None or world.device.type == "cuda"
+    return config.estimate.peak_flops if known else None
 
 
 def is_save_due(training: TrainingConfig, step: int, total_steps: int) -> bool:

@@ -14,10 +14,10 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from mllm3d.errors import UserError
 from mllm3d.inference.adapter import Mode, RawAnswer
-from photon.building import read_model
+from photon.building import read_processor
 from photon.modeling_photon import PhotonForConditionalGeneration
 from photon.processing_photon import PhotonProcessor
-from photon.recipes.base import chat
+from photon.recipes.base import chat, read_checkpoint
 
 
 class _Clock(StoppingCriteria):
@@ -42,8 +42,8 @@ class PhotonAdapter:
     def load(cls, directory: Path, device: torch.device, dtype: torch.dtype) -> Self:
         """Strict: weights that do not fit raise `UserError`."""
         try:
-            model = read_model(directory, dtype)
-            processor = PhotonProcessor.from_pretrained(directory)
+            model = read_checkpoint(directory, dtype)
+            processor = read_processor(directory, model.config)
         except (OSError, ValueError) as error:
             raise UserError(f"{directory}: {' '.join(str(error).split())}") from error
         return cls(model.to(device).eval(), processor)

@@ -9,7 +9,7 @@ from pydantic import Field, Strict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mllm3d.config import Settings
+from mllm3d.config import Config, Settings
 from mllm3d.data.dataset import GroupItem
 from mllm3d.data.manifest import read_manifest, select
 from mllm3d.data.prompts import question_text, target_text
@@ -17,6 +17,8 @@ from mllm3d.errors import UserError
 from mllm3d.training.recipe import Batch, StepOutput, Term
 from photon.building import empty
 from photon.configuration_photon import PhotonConfig
+from photon.flops import vision_flops
+from photon.geometry import Size3
 from photon.heads import AuxiliaryHeads, class_shares, dense_loss, findings_loss
 from photon.modeling_photon import PhotonForConditionalGeneration
 from photon.recipes.base import PatchSize, PhotonRecipe, checkpoint_folder, on_meta, token_metrics
@@ -95,6 +97,10 @@ class Backbone(PhotonRecipe):
 
     Settings: ClassVar[type[Settings]] = BackboneSettings
     wants_labels: ClassVar[bool] = True
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._known_shares: dict[str, np.ndarray] = {}
 
     @property
     def settings(self) -> BackboneSettings:
@@ -191,14 +197,20 @@ class Backbone(PhotonRecipe):
         return {question_text(r) for r in rows} | {target_text(r) for r in rows}
 
     def collate(self, items: list[GroupItem]) -> Batch:
-        s, geometry = self.settings, self.layout_config.patches
-        assert all(item.labels is not None for item in items)
-        shares = [class_shares(item.labels[-1], geometry, list(s.classes)) for item in items]  # type: ignore[index]
         return {
             **super().collate(items),
-            "shares": torch.from_numpy(np.stack(shares)),
+            "shares": torch.from_numpy(np.stack([self._shares(item) for item in items])),
             "findings": torch.tensor([self._known(item) for item in items]),
         }
+
+    def _shares(self, item: GroupItem) -> np.ndarray:
+        """Class shares of the current scan's tokens; kept in memory, some 20 kB a volume."""
+        assert item.labels is not None
+        name = str(item.rows[0].labels)
+        if name not in self._known_shares:
+            classes = list(self.settings.classes)
+            self._known_shares[name] = class_shares(item.labels[-1], self.layout_config.patches, classes)
+        return self._known_shares[name]
 
     def _known(self, item: GroupItem) -> list[float]:
         """1, 0 or -1 (nothing known) for each finding, from the yes/no answers at hand."""
@@ -221,9 +233,16 @@ class Backbone(PhotonRecipe):
         right = ((whole > 0) == (batch["findings"] > 0.5)) & known
         metrics: dict[str, tuple[Tensor | float, Tensor | float]] = {"finding_accuracy": (right.sum(), known.sum())}
         if output is not None:
-            terms["ce"] = Term(output.token_losses.sum(), "tokens")
+            terms["ce"] = Term(output.token_losses.sum(), "label_tokens")
             metrics |= token_metrics(output.token_losses, output.logits, batch["layout"].targets)
         return StepOutput(terms, metrics)
+
+    def step_flops(self, config: PhotonConfig, shape: Size3) -> float:
+        """In the vision stage the decoder does not run."""
+        if self.settings.stage == "questions":
+            return super().step_flops(config, shape)
+        grid = config.patches.grid(shape)
+        return 3 * vision_flops(config, grid[0] * grid[1] * grid[2], grid[1] * grid[2])
 
     def save(self, module: nn.Module, state_dict: dict[str, Tensor] | None, directory: Path) -> None:
         assert isinstance(module, BackboneModel)

@@ -1,24 +1,34 @@
 """What all of Photon's recipes share."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import Strict
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers.utils import logging
 
 from mllm3d.data.dataset import GroupItem
 from mllm3d.data.prompts import question_text, target_text
 from mllm3d.errors import UserError
 from mllm3d.inference.checkpoint import open_checkpoint
 from mllm3d.training.recipe import Batch, Description, ParameterGroup, Recipe
-from photon.building import planned_config, read_config, read_model
+from photon.building import planned_config, read_config, read_model, read_tokenizer
 from photon.configuration_photon import PhotonConfig
 from photon.flops import forward_flops
+from photon.geometry import Size3
 from photon.modeling_photon import PhotonForConditionalGeneration
 from photon.packing import pack
 from photon.processing_photon import PhotonProcessor, VolumeChats
+
+PLANNED_TEXT, PLANNED_ANSWER = 48, 8
+"""Tokens of a question with its answer, and of the answer, that FLOPs are planned with."""
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 PatchSize = Annotated[tuple[int, int, int], Strict(False)]
 """(depth, height, width); YAML gives a list."""
@@ -31,9 +41,34 @@ def chat(question: str, answer: str | None = None) -> list[dict[str, str]]:
 
 
 def checkpoint_folder(source: str) -> str:
-    """The model folder of a run, or ``source`` itself where it is a model folder or a hub name."""
+    """The model folder of a run or of one of its steps, or ``source`` itself: a model folder or a hub name."""
     path = Path(source)
-    return str(open_checkpoint(path).model) if (path / "checkpoints").is_dir() else source
+    on_hub = HUB_NAME.fullmatch(source) and not path.parent.is_dir()
+    if not path.exists() and not on_hub:
+        raise UserError(f"model.checkpoint: {source}: no such folder; name a model folder, a run or a hub name")
+    within = path.is_dir() and not (path / "config.json").is_file()
+    return str(open_checkpoint(path).model) if within else source
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Files on this machine are read and written without the library's progress bars, which break up the run's own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def read_checkpoint(folder: str | Path, dtype: torch.dtype = torch.float32) -> PhotonForConditionalGeneration:
+    """``read_model`` with every fault of the files as a ``ValueError``; only a download shows its progress."""
+    try:
+        with without_bars() if Path(folder).is_dir() else nullcontext():
+            return read_model(folder, dtype)
+    except SafetensorError as error:
+        raise ValueError(f"the weights are damaged ({error}); copy them again") from error
 
 
 def from_step(start: float, total_steps: int) -> float:
@@ -99,20 +134,36 @@ class PhotonRecipe(Recipe):
 
     def counts(self, batch: Batch) -> dict[str, int]:
         layout = batch["layout"]
-        return {"tokens": len(layout.targets), "questions": layout.rows, "volumes": batch["volumes"]}
+        return {
+            "label_tokens": len(layout.targets),
+            "tokens": len(layout.source),
+            "questions": layout.rows,
+            "volumes": batch["volumes"],
+        }
 
     def save(self, module: nn.Module, state_dict: dict[str, Tensor] | None, directory: Path) -> None:
-        module.save_pretrained(directory, state_dict=state_dict)  # type: ignore[operator]
-        self.processor.save_pretrained(directory)
+        with without_bars():
+            module.save_pretrained(directory, state_dict=state_dict)  # type: ignore[operator]
+        try:
+            self.processor.save_pretrained(directory)
+        except OSError:
+            raise
+        except Exception as error:  # the tokenizers library has no other for a full disk
+            raise OSError(f"{directory / 'tokenizer.json'}: {error}") from error
 
     def describe(self) -> Description:
-        """Tokens of a volume and FLOPs of a training step on one volume (three forward passes)."""
+        """Tokens of a volume and FLOPs of a training step on it, where all volumes have one shape."""
         config = self.initial_config()
         shape = self.config.volume.shape or self.config.volume.crop
         if shape is None:
-            raise UserError("volume.shape: needed to plan a run; give volume.shape or volume.preset")
-        flops = forward_flops(config, shape, self.config.data.questions_per_volume, 48, 8, self.planned_keep_rate())
-        return Description(tokens_per_volume=config.patches.tokens(shape), flops_per_volume=3 * flops)
+            return Description()
+        tokens = config.patches.tokens(shape)
+        return Description(tokens_per_volume=tokens, flops_per_volume=self.step_flops(config, shape))
+
+    def step_flops(self, config: PhotonConfig, shape: Size3) -> float:
+        """FLOPs of a forward and a backward pass on one volume with its questions; a backward pass is two."""
+        questions, keep_rate = self.config.data.questions_per_volume, self.planned_keep_rate()
+        return 3 * forward_flops(config, shape, questions, PLANNED_TEXT, PLANNED_ANSWER, keep_rate)
 
     def planned_keep_rate(self) -> float | None:
         """Keep rate that the plan assumes; None without dropping."""
@@ -122,8 +173,8 @@ class PhotonRecipe(Recipe):
         """Model and tokenizer of a checkpoint, with one line for whatever is wrong with it."""
         try:
             folder = checkpoint_folder(source)
-            model = read_model(folder)
-            return model, AutoTokenizer.from_pretrained(folder)
+            model = read_checkpoint(folder)
+            return model, read_tokenizer(folder, model.config)
         except (OSError, ValueError) as error:
             raise UserError(f"model.checkpoint: {source}: {' '.join(str(error).split())}") from error
 

@@ -12,6 +12,7 @@ from mllm3d.errors import UserError
 from mllm3d.training.recipe import Batch, StepOutput, Term
 from photon.building import PatchInit, patched_config, read_config, with_patches, with_scheduling
 from photon.configuration_photon import PhotonConfig
+from photon.geometry import Size3
 from photon.losses import band_loss
 from photon.modeling_photon import LossWeights, PhotonForConditionalGeneration, Reduction
 from photon.recipes.base import PatchSize, PhotonRecipe, checkpoint_folder, from_step, on_meta, token_metrics
@@ -64,12 +65,16 @@ class Phase1(PhotonRecipe):
         model.model.visual.patch_embed.requires_grad_(True)
         return model
 
+    def step_flops(self, config: PhotonConfig, shape: Size3) -> float:
+        """Two forward passes' worth: a frozen weight needs no gradient, but what lies before it does."""
+        return super().step_flops(config, shape) * 2 / 3
+
     def losses(
         self, model: nn.Module, batch: Batch, step: int, total_steps: int, weights: dict[str, float]
     ) -> StepOutput:
         output = model(**model_inputs(batch), reduction="none")
         return StepOutput(
-            {"ce": Term(output.token_losses.sum(), "tokens")},
+            {"ce": Term(output.token_losses.sum(), "label_tokens")},
             token_metrics(output.token_losses, output.logits, batch["layout"].targets),
         )
 
@@ -187,9 +192,9 @@ class Phase2(PhotonRecipe):
     ) -> StepOutput:
         band = self.settings.band
         reduction = self.reduction(step, total_steps)
-        scale = LossWeights(token=weights["tokens"], row=weights["questions"])
+        scale = LossWeights(token=weights["label_tokens"], row=weights["questions"])
         output = model(**model_inputs(batch), reduction=reduction, weights=scale)
-        terms = {"ce": Term(output.token_losses.sum(), "tokens")}
+        terms = {"ce": Term(output.token_losses.sum(), "label_tokens")}
         metrics = token_metrics(output.token_losses, output.logits, batch["layout"].targets)
         if output.mean_probability is not None and self.settings.scheduling.keep_ratio is None:
             outside = band_loss(output.mean_probability, band.low, band.high)

@@ -164,3 +164,18 @@ def test_bfloat16_runs_and_stays_near(tiny: Any) -> None:
     exact = model(**batch, reduction="none").loss.item()
     # bfloat16 keeps 8 bits: four layers of width 64 with enlarged weights stay within a tenth.
     assert model.bfloat16()(**batch, reduction="none").loss.item() == pytest.approx(exact, rel=0.1)
+
+
+@pytest.mark.parametrize("reduction", ["none", "hard"])
+def test_activation_checkpointing_changes_no_gradient(tiny: Any, reduction: str) -> None:
+    model, processor = tiny()
+    batch = processor.batch([VolumeChats(volumes()[:1], [turn(q, a) for q, a in QUESTIONS])])
+    model.train()
+    weights = LossWeights(0.1, 0.3)
+    total_loss(model, batch, reduction, weights).backward()
+    plain = gradients(model)
+    model.gradient_checkpointing_enable()
+    total_loss(model, batch, reduction, weights).backward()
+    again = gradients(model)
+    assert plain.keys() == again.keys()
+    assert all(torch.equal(plain[name], again[name]) for name in plain)

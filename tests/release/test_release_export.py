@@ -126,7 +126,7 @@ def spoil(run: Path, what: str) -> None:
         ("no preprocessing", "preprocessing.json: missing"),
         ("wrong weights", "unexpected weights"),
         ("other model", "llama"),
-        ("step gone", "step_30: no complete checkpoint there; this run has step_20, step_5"),
+        ("step gone", "latest: names step_30, which is gone or incomplete"),
         ("never saved", "the run has saved no checkpoint"),
     ],
 )
@@ -143,7 +143,7 @@ def test_wrong_names_are_refused(run: Path, tmp_path: Path) -> None:
     for arguments, says in (
         ((tmp_path / "nowhere", tmp_path / "out"), "no such run"),
         ((run, tmp_path / "out", "newest"), "must be latest, best or"),
-        ((run, tmp_path / "out", "7"), "step_7: no complete checkpoint"),
+        ((run, tmp_path / "out", "7"), "no complete step_7 in it; this run has step_5, step_20"),
         ((run, tmp_path / "absent" / "out"), "parent folder does not exist"),
     ):
         with pytest.raises(UserError, match=says):

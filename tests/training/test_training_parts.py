@@ -17,7 +17,6 @@ from torch import nn
 from mllm3d.config import Config, OptimizerConfig
 from mllm3d.errors import UserError
 from mllm3d.training import random_state
-from mllm3d.training.checkpoint import newest
 from mllm3d.training.estimate import count_steps, memory, report
 from mllm3d.training.gradients import reach_all
 from mllm3d.training.logging import drop_after
@@ -219,14 +218,6 @@ def test_a_resumed_run_writes_its_metrics_anew(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
     drop_after(file, 2)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
-
-
-def test_no_checkpoint_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="latest: no checkpoint to resume"):
-        newest(tmp_path)
-    (tmp_path / "latest").write_text("step_5\n")
-    with pytest.raises(UserError, match="latest: names step_5, which is gone"):
-        newest(tmp_path)
 
 
 # --- estimate -----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A recipe with a few hundred parameters, for tests of the trainer: numbers in, digits out."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,11 @@ class ToySettings(Settings):
     poison_step: int = 0
     use_side: Literal["always", "even_ranks"] = "always"
     ignore_answers: bool = False
+
+
+def check_weight(weight: float, gradient: Tensor) -> None:
+    """What a recipe is told that a unit weighs is what it weighs in the backward pass."""
+    torch.testing.assert_close(gradient, torch.full_like(gradient, weight))
 
 
 class ToyModel(nn.Module):
@@ -115,6 +121,8 @@ class ToyRecipe(Recipe):
                 answer = answer.detach() * float("nan") + answer
             if self.settings.poison == "gradient":
                 size = size + 0 * torch.sqrt(logits.abs().sum() * 0)  # value 0, gradient 0 * inf
+        if self.settings.poison == "none" and answer.requires_grad:
+            answer.register_hook(partial(check_weight, weights["tokens"]))
         right = (logits.argmax(-1) == targets[:, 0]).sum()
         return StepOutput(
             {"answer": Term(answer, "tokens"), "size": Term(size, "questions")},
