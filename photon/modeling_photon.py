@@ -120,11 +120,6 @@ def _length_table(lengths: list[int], device: torch.device) -> Tensor:
     return torch.where(column < size[:, None], column + (size.cumsum(0) - size)[:, None], -1)
 
 
-def _hidden(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """A decoder layer's hidden states; before transformers 5.10 they came in a tuple."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
 class PhotonPreTrainedModel(Qwen2_5_VLPreTrainedModel):
     """Initialization of what Qwen2.5-VL does not have."""
 
@@ -167,7 +162,7 @@ class PhotonModel(PhotonPreTrainedModel):
         """Decoder ``layers`` over packed ``(T, D)`` with rotary tables ``(1, T, E)``."""
         x = hidden[None]
         for i in layers:
-            x = _hidden(self.language_model.layers[i](x, attention_mask=None, position_embeddings=rotary, plan=plan))
+            x = self.language_model.layers[i](x, attention_mask=None, position_embeddings=rotary, plan=plan)
         return x[0]
 
     def schedule(self, layout: Layout, watched: tuple[Tensor, Tensor], random_seeds: Tensor | None) -> Retention:
@@ -423,7 +418,7 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
         for i, layer in enumerate(text.layers):
             state.masks[i] = F.pad(state.masks[i], (0, 1), value=True)
             mask = state.masks[i][:, None, None]
-            x = _hidden(layer(x, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, plan=None))
+            x = layer(x, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, plan=None)
         state.position = state.position + 1
         return PhotonOutput(logits=self.lm_head(text.norm(x)), past_key_values=cache)
 

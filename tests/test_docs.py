@@ -11,6 +11,7 @@ import shutil
 import types
 import typing
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -69,7 +70,7 @@ def world(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the pages' commands find what they name: programs, configs, data, runs and a release,
     all of it tiny."""
     folder = tmp_path_factory.mktemp("world")
-    for name in ("data", "train.py", "eval.py"):
+    for name in ("data", "benchmarks", "train.py", "eval.py"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "configs", folder / "configs")
     (folder / ".venv" / "bin").mkdir(parents=True)
@@ -130,6 +131,20 @@ def test_commands_run_as_they_stand(page: Path, shell: Shell, world: Path, tmp_p
             shell.run("python block.py", folder)
         elif block.language == "yaml" and (named := re.match(r"# (configs/\S+\.yaml)\n", block.text)):
             (folder / named[1]).write_text(block.text)
+
+
+@page
+def test_printed_plans_are_what_comes_out(page: Path, shell: Shell, tmp_path: Path) -> None:
+    """Output below a block of dry runs and `mllm3d config`, which depends on nothing but the configs."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
+    for block, below in pairwise(blocks(page)):
+        commands = block.text.splitlines()
+        if block.language == "bash" and below.language == "text" and all(map(PLAN.search, commands)):
+            assert below.text in shell.run(block.text, tmp_path), f"line {below.line}"
+
+
+PLAN = re.compile(r"--dry-run|^mllm3d config")
 
 
 @page

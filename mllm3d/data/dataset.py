@@ -9,7 +9,7 @@ import numpy as np
 from mllm3d.config import VolumeConfig
 from mllm3d.data.cache import VolumeCache
 from mllm3d.data.manifest import Row, volume_path
-from mllm3d.data.preprocess import Prepared
+from mllm3d.data.preprocess import Prepared, for_modality
 from mllm3d.data.samplers import BatchSchedule, Group, Position
 from mllm3d.data.volumes import UNKNOWN_LABEL
 from mllm3d.errors import UserError
@@ -45,6 +45,7 @@ def load_group(
 ) -> GroupItem:
     """Read a group through the cache; `rows` is what its indices count, `root` the manifest's folder."""
     chosen = [rows[index] for index in group.rows]
+    config = for_modality(config, chosen[0].modality)
     paths = [group.volume] if group.prior is None else [group.prior, group.volume]
     volumes = [cache.get(volume_path(root, path), config) for path in paths]
     if not want_labels:

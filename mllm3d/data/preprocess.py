@@ -20,6 +20,7 @@ from mllm3d.data.limits import check_size
 from mllm3d.data.volumes import Volume
 from mllm3d.errors import UserError
 
+MR_PERCENTILES = (0.5, 99.5)
 LEVELS = 2**14 - 1
 _AXES = ("D", "H", "W")
 _SAME_SPACING = 1e-3  # relative: closer than this, no resampling
@@ -81,6 +82,13 @@ def in_model_units(found: Compact, config: VolumeConfig) -> Prepared:
     array *= np.float32(1 / (LEVELS * config.std))
     array -= np.float32(config.mean / config.std)
     return Prepared(array, found.to_source, found.source_shape, found.source_affine)
+
+
+def for_modality(config: VolumeConfig, modality: str) -> VolumeConfig:
+    """The preprocessing of a scan of this modality: MR has no HU, so a window in HU becomes one by percentiles."""
+    if modality == "MR" and config.window_percentile is None:
+        return config.model_copy(update={"window_percentile": MR_PERCENTILES})
+    return config
 
 
 def _window(volume: Volume, config: VolumeConfig) -> tuple[float, float]:

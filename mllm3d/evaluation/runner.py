@@ -78,13 +78,21 @@ def _as_trained(config: Config, samples: Mapping[str, Sequence[Sample]], train: 
     if config.evaluation.where is None or config.evaluation.where == data.where:
         return []
     everything = read_manifest(data.manifest)
-    learned = select(everything, data.train_split, data.where)
-    asked = {row.id for row in select(everything, data.eval_split, data.where)}
+    learned = _if_any(everything, data.train_split, data.where)
+    asked = {row.id for row in _if_any(everything, data.eval_split, data.where)}
     chosen = {mode: [item for item in items if item.id in asked] for mode, items in samples.items()}
     if not any(chosen.values()) or all(len(chosen[mode]) == len(items) for mode, items in samples.items()):
         return []
     rows = [row for row in score(chosen, learned if train else []) if row.subtask is None]
     return [row.model_copy(update={"task": f"{row.task}, as trained"}) for row in rows]
+
+
+def _if_any(rows: Sequence[Row], split: str, where: Mapping[str, Sequence[str]]) -> list[Row]:
+    """`select`, where nothing to select is no mistake: this comes after the last answer."""
+    try:
+        return select(rows, split, where)
+    except UserError:
+        return []
 
 
 def predictions_file(folder: Path, mode: str) -> Path:

@@ -1,5 +1,6 @@
 """What stayed: kept tokens as voxels of the original scan, and a picture of three planes (Photon Fig. 3)."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,9 +76,11 @@ def draw(volume: Volume, prepared: Prepared, mask: np.ndarray, title: str, path:
     figure = Figure(figsize=(13.5, 5.6), layout="constrained")
     for axes, axis in zip(figure.subplots(1, 3), range(3), strict=True):
         _draw_plane(axes, axis, centre[axis], grey, kept, seen, volume.spacing_mm)
-    figure.suptitle(title, wrap=True)
+    figure.suptitle(title, wrap=True, parse_math=False)
     figure.supxlabel("outlined: tokens kept    white: tokens dropped    dark: not seen by the model", fontsize=9)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # of the answer, drawn as a box
+        figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 # Per canonical axis that is cut: name of the plane and the letters at its left, right, top and bottom.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from mllm3d.config import VolumeConfig
-from mllm3d.data.preprocess import Prepared, prepare
+from mllm3d.data.preprocess import Prepared, for_modality, prepare
 from mllm3d.data.volumes import Volume, read_volume
 from mllm3d.errors import UserError
 from mllm3d.inference.adapter import Adapter, Mode, RawAnswer
@@ -19,7 +19,6 @@ from mllm3d.registry import adapter_class
 if TYPE_CHECKING:
     import torch
 
-MR_PERCENTILES = (0.5, 99.5)
 
 
 @dataclass(frozen=True)
@@ -65,10 +64,7 @@ class Predictor:
 
     def volume_config(self, modality: str = "CT") -> VolumeConfig:
         """The checkpoint's preprocessing; for `MR`, whose units are arbitrary, a window by percentiles."""
-        config = self.checkpoint.volume
-        if modality == "MR" and config.window_percentile is None:
-            return config.model_copy(update={"window_percentile": MR_PERCENTILES})
-        return config
+        return for_modality(self.checkpoint.volume, modality)
 
     def prepare(self, volume: Volume, modality: str = "CT") -> Prepared:
         """A scan as read from disk, as the model wants it; one warning line if a CT does not look like HU."""

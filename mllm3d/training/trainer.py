@@ -78,7 +78,9 @@ def fit(config: Config, recipe: Recipe, resume: bool = False, evaluate: Evaluate
 def announce(engine: Any, run: Path, first_step: int, total_steps: int, world: World) -> None:
     """One line on rank 0 before the progress bar."""
     trainable, frozen = trainable_and_frozen(engine.module)
-    if world.is_main:
+    if world.is_main and first_step >= total_steps:
+        print(f"{run}: all {total_steps} steps are done; raise training.max_steps or epochs to go on", flush=True)
+    elif world.is_main:
         print(
             f"{run}: steps {first_step + 1} to {total_steps}, {trainable:,} parameters train, {frozen:,} are frozen, "
             f"{world.size} rank{'s' if world.size > 1 else ''} on {world.device.type}",

@@ -49,6 +49,14 @@ def test_a_group_has_its_prior_first(root: Path) -> None:
     assert len(load(root, found, Group("b.nii", None, (0,))).volumes) == 1
 
 
+def test_mr_is_windowed_by_its_percentiles_in_training_as_in_prediction(root: Path) -> None:
+    item = load(root, [row("1", volume="b.nii", modality="MR")], Group("b.nii", None, (0,)))
+    by_percentiles = CONFIG.model_copy(update={"window_percentile": (0.5, 99.5)})
+    expected = prepare(read_volume(root / "b.nii"), by_percentiles).array
+    np.testing.assert_array_equal(item.volumes[0].array, expected)
+    assert not np.array_equal(expected, prepare(read_volume(root / "b.nii"), CONFIG).array)
+
+
 def test_labels_of_a_prior_are_its_own_or_unknown(root: Path) -> None:
     follow_up = row("1", volume="b.nii", prior="a.nii", labels="b-labels.nii")
     about_prior = row("2", volume="a.nii", labels="a-labels.nii")

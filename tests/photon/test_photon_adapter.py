@@ -85,6 +85,13 @@ def test_random_tokens_are_as_many_as_scheduled_and_follow_the_seed(adapter: Pho
     assert masks(first) != masks(scheduled)
 
 
+def test_random_tokens_differ_between_questions(tiny: Any) -> None:
+    adapter = PhotonAdapter(*tiny(scheduling={"keep_ratio": 0.5}))  # as many tokens for each question
+    drawn = masks(ask(adapter, QUESTIONS, "random"))
+    assert [sum(mask) for mask in drawn] == [12, 12, 12]
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+
+
 def test_a_prior_and_a_current_scan_are_counted_together(adapter: PhotonAdapter) -> None:
     volumes = [scan((4, 8, 16)), scan()]
     (answer,) = ask(adapter, QUESTIONS[:1], "scheduled", volumes=volumes)

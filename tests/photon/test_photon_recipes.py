@@ -217,14 +217,12 @@ def test_the_vision_stage_leaves_the_decoder_alone(kitchen: Kitchen, backbone: P
 
 @pytest.mark.parametrize("name", ["vision", "questions", "phase1", "phase2"])
 def test_the_planned_model_has_the_parameters_of_the_built_one(kitchen: Kitchen, backbone: Path, name: str) -> None:
-    if name in ("vision", "questions"):
-        recipe = kitchen.backbone(name, backbone)
-    else:
-        recipe = getattr(kitchen, name)(backbone)
+    small = name in ("vision", "questions")
+    recipe = kitchen.backbone(name, backbone) if small else getattr(kitchen, name)(backbone)
     planned, built = recipe.build(meta=True), recipe.build()
     shapes = [{n: (tuple(p.shape), p.requires_grad) for n, p in m.named_parameters()} for m in (planned, built)]
     vocabulary = len(recipe.processor.tokenizer)
-    if name in ("vision", "questions"):  # planned before the tokenizer is trained: with the largest vocabulary
+    if small:  # planned before the tokenizer is trained: with the largest vocabulary
         words = "photon.model.language_model.embed_tokens.weight"
         assert shapes[0][words][0] == (320, 32) and shapes[1][words][0] == (vocabulary, 32) and vocabulary <= 320
         shapes[0][words] = shapes[1][words]
@@ -327,29 +325,58 @@ def test_a_fixed_keep_ratio_needs_no_band_and_no_predictor(kitchen: Kitchen, bac
     assert kept / of == pytest.approx(round(0.25 * TOKENS) / TOKENS)
 
 
+def gradients(
+    recipe: Any, module: nn.Module, batches: list[list[GroupItem]], step: int, scale: float = 1.0
+) -> dict[str, Tensor]:
+    """Of `scale` times the loss of one optimizer step that is cut into these batches."""
+    counts = recipe.counts(recipe.collate([item for chosen in batches for item in chosen]))
+    weights = {name: scale / count for name, count in counts.items()}
+    module.zero_grad()
+    for chosen in batches:
+        terms = recipe.losses(module, recipe.collate(chosen), step, 10, weights).terms
+        torch.stack([term.value * weights[term.per] for term in terms.values()]).sum().backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Up to rounding: a few units in the sixth digit of a tensor's largest entry."""
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        largest = float(gradient.abs().max())
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * largest + 1e-9)
+
+
 @pytest.mark.parametrize("step", [0, 3, 7])
-def test_gradients_do_not_depend_on_how_a_step_is_cut_into_batches(
-    kitchen: Kitchen, backbone: Path, step: int
-) -> None:
-    """The surrogate gradient (Eq. 12-17) knows the scale of the loss from the weights of the whole step."""
+def test_gradients_do_not_depend_on_how_a_step_is_cut_into_batches(kitchen: Kitchen, backbone: Path, step: int) -> None:
     recipe = kitchen.phase2(backbone)
     module = recipe.build()
-    counts = recipe.counts(recipe.collate(items()))
-    weights = {name: 1 / count for name, count in counts.items()}
-
-    def gradients(batches: list[list[GroupItem]]) -> dict[str, Tensor]:
-        module.zero_grad()
-        for chosen in batches:
-            terms = recipe.losses(module, recipe.collate(chosen), step, 10, weights).terms
-            torch.stack([term.value * weights[term.per] for term in terms.values()]).sum().backward()
-        return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-
-    together, apart = gradients([items()]), gradients([[item] for item in items()])
-    assert together.keys() == apart.keys()
+    together = gradients(recipe, module, [items()], step)
     assert any("threshold_predictor" in name for name in together) == (step > 0)
-    for name, gradient in together.items():
-        scale = float(gradient.abs().max())
-        torch.testing.assert_close(apart[name], gradient, rtol=1e-4, atol=1e-5 * scale + 1e-9)
+    assert_near(gradients(recipe, module, [[item] for item in items()], step), together)
+
+
+def test_surrogate_gradients_follow_the_scale_of_the_loss(kitchen: Kitchen, backbone: Path) -> None:
+    """Eq. 13 has an absolute epsilon: without the weights, a small share of a large batch would fall below it."""
+    recipe = kitchen.phase2(backbone)
+    module = recipe.build()
+    whole = gradients(recipe, module, [items()], step=7)
+    assert all(whole[f"model.threshold_predictor.mlp.{layer}.weight"].any() for layer in (0, 2))
+    share = gradients(recipe, module, [items()], step=7, scale=2.0**-20)
+    assert_near({name: gradient * 2.0**20 for name, gradient in share.items()}, whole)
+
+
+def test_the_predictor_learns_from_each_questions_own_mean(kitchen: Kitchen, backbone: Path) -> None:
+    """Eq. 12 is of one sample's loss, however long its answer and whatever shares its batch."""
+    scheduling = {"predictor_bias": 0.0, "hard_from": 0.0, "eps_std": 1e3}  # z is then proportional to eta
+    recipe = kitchen.phase2(backbone, {"scheduling": scheduling, "band": {"weight": 0.0}})
+    module = recipe.build()
+
+    def of_predictor(chosen: list[GroupItem]) -> dict[str, Tensor]:
+        found = gradients(recipe, module, [chosen], step=9)
+        return {name: gradient for name, gradient in found.items() if "threshold_predictor" in name}
+
+    apart = [of_predictor([item._replace(rows=[row])]) for item in items() for row in item.rows]
+    assert_near({name: sum(one[name] for one in apart) / 4 for name in apart[0]}, of_predictor(items()))  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("step", [3, 7])
@@ -422,7 +449,9 @@ def test_gathered_weights_are_saved_without_the_heads(kitchen: Kitchen, backbone
     """As under ZeRO 3, where rank 0 alone has them all."""
     recipe = kitchen.backbone("questions", backbone)
     module = recipe.build()
-    gathered = {name: torch.zeros_like(tensor) for name, tensor in module.state_dict().items()}
+    tied: dict[int, Tensor] = {}  # one tensor for both names of a tied weight, as DeepSpeed gathers it
+    state = module.state_dict()
+    gathered = {name: tied.setdefault(t.data_ptr(), torch.zeros_like(t)) for name, t in state.items()}
     (tmp_path / "gathered").mkdir()
     recipe.save(module, gathered, tmp_path / "gathered")
     saved = load_file(tmp_path / "gathered" / "model.safetensors")
@@ -459,9 +488,7 @@ def test_a_checkpoint_may_be_a_run_or_one_of_its_steps(kitchen: Kitchen, backbon
     assert checkpoint_folder("Qwen/Qwen2.5-VL-3B-Instruct") == "Qwen/Qwen2.5-VL-3B-Instruct"
 
 
-def test_loading_and_saving_draw_no_bars(
-    kitchen: Kitchen, backbone: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_loading_and_saving_draw_no_bars(kitchen: Kitchen, backbone: Path, capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
     recipe = kitchen.phase2(backbone)
     kitchen.save(recipe, recipe.build(), "again")
