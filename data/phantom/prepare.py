@@ -187,6 +187,8 @@ def summarise(args: argparse.Namespace, entries: Sequence[Entry], rows: Sequence
     facts: list[Facts] = [entry.facts for entry in entries]
     return {
         "name": "phantom",
+        "source": "drawn by data/phantom/prepare.py" + (f" on the anatomy of {args.atlas.name}" if args.atlas else ""),
+        "licence": "that of the atlas, and Apache-2.0" if args.atlas else "Apache-2.0",
         "version": VERSION,
         "seed": args.seed,
         "biased": args.biased,

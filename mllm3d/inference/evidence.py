@@ -76,7 +76,7 @@ def draw(volume: Volume, prepared: Prepared, mask: np.ndarray, title: str, path:
     figure = Figure(figsize=(13.5, 5.6), layout="constrained")
     for axes, axis in zip(figure.subplots(1, 3), range(3), strict=True):
         _draw_plane(axes, axis, centre[axis], grey, kept, seen, volume.spacing_mm)
-    figure.suptitle(title, wrap=True, parse_math=False)
+    figure.suptitle(title, wrap=True)
     figure.supxlabel("outlined: tokens kept    white: tokens dropped    dark: not seen by the model", fontsize=9)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # of the answer, drawn as a box

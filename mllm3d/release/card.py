@@ -6,12 +6,31 @@ from typing import Any
 
 import yaml
 
+from mllm3d.registry import ADAPTERS
+
 LIMITS = """\
 For research. Not a medical device, and not evaluated for clinical use. What is known of its answers is
 the table above: a score there counts for no more than what it adds to the text-only rules beside it. Scans of
 other scanners or regions of the body were not measured, nor any prepared in another way.
 """
 
+PREDICT = """\
+```
+mllm3d predict --checkpoint <this folder> --volume <scan.nii.gz> --question "..."
+```
+
+Volumes are prepared as `preprocessing.json` says; `mllm3d predict` does it by itself.
+"""
+
+PYTHON = """
+In Python, with no more than torch, transformers and the package `{package}`:
+
+```python
+from {package} import {name}
+
+model = {name}.from_pretrained("<this folder>")
+```
+"""
 
 MAX_LINEAGE = 8
 RAN_ON = ("python", "torch", "transformers", "deepspeed", "world_size", "device", "git_commit")
@@ -29,7 +48,7 @@ def write_card(run: Path, step: Path, folder: Path) -> None:
         f"{model.get('model_type')}, step {number} of {recipe}": _what(config, model),
         "Data": _data(config),
         "Measured": _measured(run, step, folder),
-        "Use": _use(),
+        "Use": _use(model),
         "Training settings": _settings(config, _read_json(run / "environment.json")),
         "Limits": LIMITS,
         "Licence": _licence(config),
@@ -88,13 +107,10 @@ def _measured(run: Path, step: Path, folder: Path) -> str:
     return "\n\n".join(tables) or "Nothing: this checkpoint was released without an evaluation."
 
 
-def _use() -> str:
-    return """\
-```
-mllm3d predict --checkpoint <this folder> --volume <scan.nii.gz> --question "..."
-```
-
-Volumes are prepared as `preprocessing.json` says; `mllm3d predict` does it by itself."""
+def _use(model: dict[str, Any]) -> str:
+    package = ADAPTERS.get(str(model.get("model_type")), "").partition(".")[0]
+    name = next(iter(model.get("architectures") or []), None)
+    return PREDICT + (PYTHON.format(package=package, name=name) if package and name else "")
 
 
 def _settings(config: dict[str, Any], environment: dict[str, Any]) -> str:

@@ -99,7 +99,8 @@ def _copy(model: Path, run: Path, folder: Path) -> None:
     settings = next((path for path in (model / PREPROCESSING, run / PREPROCESSING) if path.is_file()), None)
     if settings is None:
         raise UserError(f"{run / PREPROCESSING}: missing, so nobody could prepare volumes for the model; restore it")
-    shutil.copytree(model, folder)
+    # Not with the modes of the originals: safetensors makes files that only their owner may read.
+    shutil.copytree(model, folder, copy_function=shutil.copyfile)
     shutil.copyfile(settings, folder / PREPROCESSING)
 
 

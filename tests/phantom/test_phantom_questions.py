@@ -137,6 +137,12 @@ def test_splits_are_by_case(rows: list[Row], dataset: Path) -> None:
     assert summary["splits"] == counts and summary["cases_with_prior"] == 18
 
 
+def test_the_data_set_says_where_it_is_from_and_under_which_licence(dataset: Path) -> None:
+    """A model card quotes both."""
+    summary = json.loads((dataset / "dataset.json").read_text())
+    assert (summary["source"], summary["licence"]) == ("drawn by data/phantom/prepare.py", "Apache-2.0")
+
+
 def test_only_temporal_questions_show_the_prior_scan(rows: list[Row]) -> None:
     for row in rows:
         assert (row.prior is not None) == (row.task in ("static_temporal", "longitudinal_temporal"))

@@ -21,6 +21,7 @@ from mllm3d.training.recipe import Recipe
 from photon import PhotonForConditionalGeneration
 from photon.flops import forward_flops, vision_flops
 from photon.recipes.base import checkpoint_folder
+from photon.surrogate import DropTokens
 
 SHAPE = (8, 16, 24)
 TOKENS = 2 * 4 * 6
@@ -377,6 +378,25 @@ def test_the_predictor_learns_from_each_questions_own_mean(kitchen: Kitchen, bac
 
     apart = [of_predictor([item._replace(rows=[row])]) for item in items() for row in item.rows]
     assert_near({name: sum(one[name] for one in apart) / 4 for name in apart[0]}, of_predictor(items()))  # type: ignore[misc]
+
+
+def test_a_rows_gradient_is_turned_back_into_that_of_its_mean(
+    kitchen: Kitchen, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = kitchen.phase2(backbone)
+    module = recipe.build()
+    scales: list[Tensor] = []
+
+    class Watched:
+        @staticmethod
+        def apply(*given: Any) -> Tensor:
+            scales.append(given[6])
+            return DropTokens.apply(*given)
+
+    monkeypatch.setattr("photon.modeling_photon.DropTokens", Watched)
+    batch, counts, _ = run(recipe, module)
+    labels = torch.bincount(batch["layout"].label_rows)
+    torch.testing.assert_close(scales[0], counts["label_tokens"] / labels)
 
 
 @pytest.mark.parametrize("step", [3, 7])

@@ -82,6 +82,17 @@ def test_a_release_opens_like_a_checkpoint_and_its_card_says_what_was_measured(r
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_others_may_read_a_release_and_are_told_how_to_load_it(run: Path, tmp_path: Path) -> None:
+    model = run / "checkpoints" / "step_20" / "model"
+    (model / "model.safetensors").chmod(0o600)  # as safetensors leaves it
+    (model / "config.json").write_text(json.dumps({"model_type": "fake", "architectures": ["FakeModel"]}))
+    out = release(run, tmp_path / "released")
+    modes = {path.name: path.stat().st_mode for path in out.iterdir()}
+    assert modes["model.safetensors"] == modes["README.md"]
+    card = (out / "README.md").read_text()
+    assert 'from tests import FakeModel\n\nmodel = FakeModel.from_pretrained("<this folder>")\n' in card
+
+
 @pytest.mark.parametrize(("checkpoint", "step"), [("latest", 20), ("best", 5), ("5", 5), ("20", 20)])
 def test_the_named_checkpoint_is_released(run: Path, tmp_path: Path, checkpoint: str, step: int) -> None:
     write_model(run / "checkpoints" / "step_5" / "model", VOLUME, threshold=0.125)
