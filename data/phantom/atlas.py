@@ -130,11 +130,6 @@ class Atlas:
         return canvas
 
 
-def paint_atlas(label_map: Path | str, mapping: Path | str, seed: int, options: SceneOptions | None = None) -> Case:
-    """One phantom scan with the anatomy of a label map; use ``Atlas`` to draw several from one file."""
-    return Atlas.load(label_map, mapping).draw(seed, options)
-
-
 def read_mapping(path: Path) -> dict[int, str]:
     """Ids and names of a label map's structures from a JSON object {"1": "spleen", ...}."""
     try:

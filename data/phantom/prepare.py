@@ -109,6 +109,7 @@ def make_case(job: Job, root: Path) -> tuple[Entry, dict[str, object]]:
         "split": job.split,
         "seed": job.case_seed,
         "findings": {name: facts.present(name) for name in EVERYTHING},
+        "report": entry.report,
         "scans": {name: _metadata(scan) for name, scan in zip(names, kept, strict=True)},
     }
     return entry, metadata

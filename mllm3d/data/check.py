@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mllm3d.data.manifest import Problem, Row, parse_manifest, volume_path
+from mllm3d.data.orientation import corners_mm
 from mllm3d.data.volumes import Volume, content_hash, read_labels, read_volume
 from mllm3d.errors import UserError
 
@@ -150,6 +151,5 @@ def _look(path: Path, kind: str) -> _Facts:
 
 def _corners(volume: Volume) -> np.ndarray:
     """Shape, then first and last voxel in RAS mm: equal for volumes on one grid, however they are stored."""
-    last = [*(n - 1 for n in volume.array.shape), 1]
-    world = (volume.source_affine @ volume.to_source @ np.array([[0, 0, 0, 1], last]).T)[:3].T
-    return np.concatenate([volume.array.shape, world.ravel()])
+    shape = volume.array.shape
+    return np.concatenate([shape, corners_mm(shape, volume.source_affine @ volume.to_source).ravel()])

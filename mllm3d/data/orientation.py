@@ -15,6 +15,7 @@ The affine decides, never a space tag or the file's axis order. An oblique scan 
 permuted and reversed to the nearest of the patient's, voxels are not interpolated.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,6 +66,11 @@ def ras_from_lps(affine_lps: np.ndarray) -> np.ndarray:
 def apply_map(index_map: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Take points (..., 3) through a 4 x 4 index map or affine."""
     return points @ index_map[:3, :3].T + index_map[:3, 3]
+
+
+def corners_mm(shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
+    """Centres of the first and last voxel (2, 3) in mm; with the shape, equal for arrays over the same space."""
+    return apply_map(affine, np.array([[0, 0, 0], [n - 1 for n in shape]], dtype=np.float64))
 
 
 def _check_affine(affine: np.ndarray, path: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from mllm3d.config import VolumeConfig
 from mllm3d.data.limits import check_size
+from mllm3d.data.orientation import corners_mm
 from mllm3d.data.volumes import Volume
 from mllm3d.errors import UserError
 
@@ -175,6 +176,5 @@ def same_grid(a: Compact | Prepared, b: Compact | Prepared, tolerance_mm: float 
     """Whether two arrays cover the same space: same shape, and corners at the same place in RAS mm."""
     if a.array.shape != b.array.shape:
         return False
-    corners = np.array([[0, 0, 0, 1], [*(n - 1 for n in a.array.shape), 1]], dtype=np.float64)
-    places = [(corners @ (grid.source_affine @ grid.to_source).T)[:, :3] for grid in (a, b)]
-    return bool(np.abs(places[0] - places[1]).max() <= tolerance_mm)
+    first, second = (corners_mm(grid.array.shape, grid.source_affine @ grid.to_source) for grid in (a, b))
+    return bool(np.abs(first - second).max() <= tolerance_mm)

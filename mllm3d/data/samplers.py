@@ -5,7 +5,7 @@ of an epoch, on any rank.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 
@@ -97,15 +97,6 @@ class BatchSchedule:
         """The position that follows."""
         epoch, index = position
         return (epoch, index + 1) if index + 1 < self.batches_per_epoch else (epoch + 1, 0)
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> list[Group]:
-        epoch, index = self.position
-        batch = self.epoch_batches(epoch)[index]
-        self.position = self.after(self.position)
-        return batch
 
     def from_here(self) -> Iterator[tuple[Position, list[Group]]]:
         """Batches with their positions from `position` on, leaving `position` as it is."""

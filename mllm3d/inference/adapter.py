@@ -8,7 +8,7 @@ the model's tokens but what stands here.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, Self, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 import numpy as np
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 Mode = Literal["scheduled", "none", "random"]
-MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 
-
 @dataclass(frozen=True)
 class Answer(RawAnswer):
     """The adapter's answer and what follows from it."""

@@ -21,17 +21,16 @@ from mllm3d.training.step import StepResult
 class MetricsLog:
     """Collects steps and writes one line for each. All ranks add and flush; rank 0 writes.
 
-    peak_flops: of one device, for MFU; None where it is not known, and MFU is then null.
+    peak: volumes per second at the peak of all devices; MFU is the share of it, null without it.
     """
 
     def __init__(
-        self, run: Path, world: World, first_step: int, total_steps: int, every: int, peak_flops: float | None
+        self, run: Path, world: World, first_step: int, total_steps: int, every: int, peak: float | None
     ) -> None:
         self.world = world
         self.every = every
-        self.peak_flops = peak_flops
+        self.peak = peak
         self._steps: list[tuple[dict[str, Any], StepResult]] = []
-        self._flops = 0.0
         self._since = time.perf_counter()
         self._file: TextIO | None = None
         if world.is_main:
@@ -51,13 +50,9 @@ class MetricsLog:
             self.flush()  # with several ranks the others may be gone
         self.close()
 
-    def add(self, step: int, epoch: int, rates: dict[str, float], result: StepResult, flops: float) -> None:
-        """Note optimizer step `step` (from 1) and write, if it is time to.
-
-        flops: this rank's forward and backward passes; 0 where they are not known.
-        """
+    def add(self, step: int, epoch: int, rates: dict[str, float], result: StepResult) -> None:
+        """Note optimizer step `step` (from 1) and write, if it is time to."""
         self._steps.append(({"step": step, "epoch": epoch, **rates}, result))
-        self._flops += flops
         if self._file is not None:
             self._bar.update(1)
         if step % self.every == 0:
@@ -67,21 +62,19 @@ class MetricsLog:
         """Write the steps noted so far. A collective call: all ranks, at the same step."""
         if not self._steps:
             return
-        ranks = self.world.gather((self._columns(), self._flops))
-        columns = sorted({name for names, _ in ranks for name in names})
+        columns = sorted({name for names in self.world.gather(self._columns()) for name in names})
         table = self.world.sum(self._table(columns))
         seconds = time.perf_counter() - self._since
         if self._file is not None:
             totals = {unit: sum(result.counts[unit] for _, result in self._steps) for unit in self._steps[0][1].counts}
             speed = {f"{unit}_per_s": total / seconds for unit, total in totals.items()}
             speed["seconds_per_step"] = seconds / len(self._steps)
-            speed["mfu"] = self._mfu(seconds, sum(flops for _, flops in ranks))
+            speed["mfu"] = speed["volumes_per_s"] / self.peak if self.peak and "volumes" in totals else math.nan
             for (line, result), row in zip(self._steps, table, strict=True):
                 written = self._write(line | _values(columns, row.tolist(), result) | speed)
             self._file.flush()
             self._show(written)
         self._steps.clear()
-        self._flops = 0.0
         self._since = time.perf_counter()
 
     def restart_clock(self) -> None:
@@ -112,11 +105,6 @@ class MetricsLog:
             zero = torch.zeros(())
             rows += [row.get(name, zero).to(self.world.device, torch.float64) for name in columns]
         return torch.stack(rows).view(len(self._steps), len(columns)).cpu()
-
-    def _mfu(self, seconds: float, flops: float) -> float:
-        if self.peak_flops is None or flops == 0.0:
-            return math.nan
-        return flops / (seconds * self.peak_flops * self.world.size)
 
     def _write(self, line: dict[str, Any]) -> dict[str, Any]:
         """One step to metrics.jsonl and TensorBoard; the line as written (null for what is not finite)."""

@@ -5,7 +5,7 @@ Everything else (steps, ranks, precision, checkpoints, logs) belongs to the trai
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NotRequired, TypedDict
@@ -54,14 +54,13 @@ class ParameterGroup(TypedDict):
 
 
 class Description(TypedDict):
-    """Figures for `--dry-run` and MFU, as far as they are known. FLOPs are those of a forward and a backward pass.
+    """Figures for `--dry-run` and MFU, as far as they are known.
 
-    MFU uses `flops_per_batch` if it is there, else `flops_per_volume` for each volume of a batch.
+    flops_per_volume: of a forward and a backward pass on one of `counts`' volumes with its questions.
     """
 
     tokens_per_volume: NotRequired[int]
     flops_per_volume: NotRequired[float]
-    flops_per_batch: NotRequired[Callable[[Batch], float]]
 
 
 class Recipe(ABC):

@@ -18,7 +18,7 @@ from mllm3d.training.engine import build_engine
 from mllm3d.training.estimate import count_steps
 from mllm3d.training.logging import MetricsLog
 from mllm3d.training.optim import trainable_and_frozen
-from mllm3d.training.recipe import Batch, Recipe
+from mllm3d.training.recipe import Recipe
 from mllm3d.training.rundir import open_run
 from mllm3d.training.step import train_step
 
@@ -57,14 +57,13 @@ def fit(config: Config, recipe: Recipe, resume: bool = False, evaluate: Evaluate
         checkpoints.restore_random_state()
 
     announce(engine, run, progress.step, total_steps, world)
-    count_flops = flops_counter(recipe)
-    with MetricsLog(run, world, progress.step, total_steps, training.log_every, peak_flops(config, world)) as log:
+    peak = peak_speed(config, recipe, world)
+    with MetricsLog(run, world, progress.step, total_steps, training.log_every, peak) as log:
         for step in range(progress.step, total_steps):
             taken = take(batches, training.accumulation, world)
-            micro_batches = [loaded.batch for loaded in taken]
             rates = learning_rates(engine)
-            result = train_step(engine, recipe, micro_batches, step, total_steps, world)
-            log.add(step + 1, taken[-1].position[0], rates, result, count_flops(micro_batches))
+            result = train_step(engine, recipe, [loaded.batch for loaded in taken], step, total_steps, world)
+            log.add(step + 1, taken[-1].position[0], rates, result)
             if is_save_due(training, step + 1, total_steps):
                 log.flush()
                 progress = replace(progress, step=step + 1, position=taken[-1].next_position)
@@ -124,18 +123,12 @@ def learning_rates(engine: Any) -> dict[str, float]:
     return {"lr": groups[0]["lr"], **{f"lr/{group['name']}": group["lr"] for group in groups}}
 
 
-def flops_counter(recipe: Recipe) -> Callable[[list[Batch]], float]:
-    """FLOPs of a rank's micro-batches, as far as the recipe gives them; else 0."""
-    described = recipe.describe()
-    per_volume = described.get("flops_per_volume", 0.0)
-    per_batch = described.get("flops_per_batch", lambda batch: per_volume * recipe.counts(batch).get("volumes", 0))
-    return lambda batches: sum(per_batch(batch) for batch in batches)
-
-
-def peak_flops(config: Config, world: World) -> float | None:
-    """Of one device, for MFU. A CPU has none unless the config names it."""
+def peak_speed(config: Config, recipe: Recipe, world: World) -> float | None:
+    """Volumes per second that the ranks' devices would train at their peak; None where that is not known. A CPU has
+    no peak unless the config names it."""
+    per_volume = recipe.describe().get("flops_per_volume")
     known = config.estimate.peak_tflops is not None or world.device.type == "cuda"
-    return config.estimate.peak_flops if known else None
+    return world.size * config.estimate.peak_flops / per_volume if per_volume and known else None
 
 
 def is_save_due(training: TrainingConfig, step: int, total_steps: int) -> bool:

@@ -59,15 +59,9 @@ class BackboneSettings(Settings):
     temporal_step: float = Field(default=1.0, description="Rotary steps from one depth slab to the next.")
     text: TextShape = Field(default=TextShape(), description="Shape of the decoder.")
     vision: VisionShape = Field(default=VisionShape(), description="Shape of the vision tower.")
-    classes: Annotated[tuple[int, ...], Strict(False)] = Field(
-        description="Ids of the label map that the dense head learns."
-    )
-    small_classes: Annotated[tuple[int, ...], Strict(False)] = Field(
-        default=(), description="Those of them that are lesions: presence counts."
-    )
-    findings: Annotated[tuple[str, ...], Strict(False)] = Field(
-        description="Findings that the global head learns, as `meta.finding` names them."
-    )
+    classes: Ids = Field(description="Ids of the label map that the dense head learns.")
+    small_classes: Ids = Field(default=(), description="Those of them that are lesions: presence counts.")
+    findings: Names = Field(description="Findings that the global head learns, as `meta.finding` names them.")
     dense_weight: float = Field(default=1.0, description="Weight of the dense head's loss.")
     findings_weight: float = Field(default=0.5, description="Weight of the global head's loss.")
 

@@ -147,10 +147,12 @@ class Phase2(PhotonRecipe):
 
     def initial_config(self) -> PhotonConfig:
         s = self.settings
-        if Path(s.checkpoint).exists() or s.backbone is None:
+        # Phase 1's run folder is there before its first checkpoint is.
+        signs = ("config.json", "model/config.json", "checkpoints/latest")
+        if s.backbone is None or any((Path(s.checkpoint) / sign).is_file() for sign in signs):
             self._must_exist()
             config = self._plan(s.checkpoint)
-        else:  # planned before phase 1 has run
+        else:
             config = patched_config(self._plan(s.backbone), s.patch_size, 1)
         config.scheduling = s.scheduling.settings().to_dict()
         return config

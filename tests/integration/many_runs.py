@@ -52,6 +52,7 @@ def follow(entry: dict[str, Any], is_main: bool) -> int:
 
 def main() -> int:
     plan, target = sys.argv[1:]
+    sys.path[0] = str(ROOT)  # as for `python train.py`
     is_main = os.environ.get("RANK", "0") == "0"
     results = []
     for entry in json.loads(Path(plan).read_text()):

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from anatomy import PHASE_HU, draw_tissues
-from atlas import Atlas, paint_atlas, read_mapping
+from atlas import Atlas, read_mapping
 from canvas import bounding_box
 from findings import ALL, CHANGES, COARSE, lesion_hu, plan_pair, plan_scan
 from labels import BODY, FINDINGS, HOSTS, ORGANS, PHASES, STATES
@@ -387,7 +387,7 @@ def small_atlas(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_atlas_becomes_a_case(small_atlas: tuple[Path, Path]):
     options = SceneOptions(prevalence={"fatty liver": 1.0, "pleural effusion": 1.0})
-    case = paint_atlas(*small_atlas, seed=1, options=options)
+    case = Atlas.load(*small_atlas).draw(1, options)
     m = measured(case)
     assert case.image.shape == case.labels.shape and case.image.dtype == np.int16
     for organ in (
@@ -463,7 +463,7 @@ def test_atlas_of_a_real_ct(real_data: Path):
     label_map, mapping = folder / "example_seg_fast_force_split.nii.gz", folder / "labels_total_v2.json"
     if not label_map.is_file():
         pytest.skip(f"no real data: {label_map} is not there")
-    m = measured(paint_atlas(label_map, mapping, seed=0))
+    m = measured(Atlas.load(label_map, mapping).draw(0))
     assert 800 < m.volume_ml("liver") < 1500
     assert not m.present("splenomegaly") and not m.visible("heart")
     liver, spleen = (np.argwhere(m.labels == ORGANS[name]).mean(0) for name in ("liver", "spleen"))

@@ -1,5 +1,6 @@
 """Small random Photon models."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from photon import PhotonConfig, PhotonForConditionalGeneration, PhotonProcessor
 from photon.tokenization import SPECIAL_TOKENS, train_tokenizer
+from tests.photon.tiny_recipes import Recipes
 
 TEXTS = ["Is there a pleural effusion?", "Which side is it on?", "How many lesions?", "yes", "no", "left", "two"]
 
@@ -79,3 +81,21 @@ def tiny(tokenizer: Any) -> Any:
         return model, PhotonProcessor.from_config(config, tokenizer)
 
     return build
+
+
+@pytest.fixture
+def recipes(tmp_path: Path) -> Recipes:
+    return Recipes(tmp_path)
+
+
+@pytest.fixture
+def backbone(recipes: Recipes) -> Path:
+    """A saved backbone after the vision stage, with larger weights than the initial ones, so that tokens differ."""
+    torch.manual_seed(0)
+    recipe = recipes.backbone("vision")
+    module = recipe.build()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(2)
+    return recipes.save(recipe, module, "backbone")

@@ -135,9 +135,4 @@ class ToyRecipe(Recipe):
         (directory / "config.json").write_text(json.dumps({"model_type": "toy"}))
 
     def describe(self) -> Description:
-        flops = 6.0 * 64 * self.settings.width
-        return {
-            "tokens_per_volume": 1,
-            "flops_per_volume": flops,
-            "flops_per_batch": lambda batch: flops * len(batch["voxels"]),
-        }
+        return {"tokens_per_volume": 1, "flops_per_volume": 6.0 * 64 * self.settings.width}
