@@ -117,6 +117,4 @@ class PhotonConfig(Qwen2_5_VLConfig):
     @property
     def special_tokens(self) -> SpecialTokens:
         """Ids that mark the parts of a row."""
-        return SpecialTokens(
-            self.video_token_id, self.vision_start_token_id, self.vision_end_token_id, self.turn_end_token_id
-        )
+        return SpecialTokens(self.video_token_id, self.vision_end_token_id, self.turn_end_token_id)

@@ -397,8 +397,6 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
         above = below
         if packed.sequences is not None:
             above = _length_table(packed.sequences.lengths, below.device)[order]
-        elif packed.split < self.config.text_config.num_hidden_layers:
-            raise AssertionError("a scheduled pass has its sequences")
         masks = []
         for layer, (key, value) in sorted(packed.keys_values.items()):
             table = below if layer < packed.split else above

@@ -24,7 +24,6 @@ class SpecialTokens:
     """Ids that mark the parts of a row (config.json holds them)."""
 
     video: int
-    vision_start: int
     vision_end: int
     turn_end: int
 
@@ -81,10 +80,6 @@ class Layout:
     @property
     def rows(self) -> int:
         return len(self.row_order)
-
-    def group_of_row(self) -> list[int]:
-        """Group of each row, in packed order."""
-        return [g for g, suffixes in enumerate(self.suffix_lengths) for _ in suffixes]
 
 
 def visual_runs(ids: list[int], token: int) -> list[tuple[int, int]]:

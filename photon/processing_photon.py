@@ -73,7 +73,6 @@ class PhotonProcessor(ProcessorMixin):
         volumes: Sequence[np.ndarray | Tensor] | None = None,
         messages: Messages | list[Messages] | None = None,
         padding_side: str = "left",
-        **kwargs: Any,
     ) -> BatchFeature:
         """Conversations about one volume (or a prior and a current one), ready for ``generate``.
 
@@ -84,7 +83,9 @@ class PhotonProcessor(ProcessorMixin):
         if not messages:
             raise ValueError("messages: at least one conversation is needed")
         chats = [messages] if isinstance(messages[0], dict) else messages
-        return BatchFeature(self.batch([VolumeChats(volumes or [], list(chats))], padding_side))
+        batch = self.batch([VolumeChats(volumes or [], list(chats))], padding_side)
+        del batch["labels"]
+        return BatchFeature(batch)
 
     def batch(self, groups: list[VolumeChats], padding_side: str = "right") -> dict[str, Tensor]:
         """Tensors of several groups; rows of one group share its volumes.

@@ -135,6 +135,12 @@ class DataConfig(Settings):
     manifest: FilePath = Field(description="JSON Lines file, one question a line; volumes relative to its folder.")
     train_split: str = Field(default="train", description="Value of `split` to train on.")
     eval_split: str = Field(default="test", description="Value of `split` to evaluate on.")
+    validation_split: str | None = Field(
+        default=None, description="Value of `split` whose loss decides which checkpoint is the best and kept."
+    )
+    validation_volumes: PositiveInt | None = Field(
+        default=None, description="Use only the first so many volumes of the validation split."
+    )
     where: dict[str, list[str]] = Field(
         default_factory=dict, description="Row filter: field or meta key -> allowed values. null: every row."
     )

@@ -21,6 +21,7 @@ from mllm3d.training.optim import trainable_and_frozen
 from mllm3d.training.recipe import Recipe
 from mllm3d.training.rundir import open_run
 from mllm3d.training.step import train_step
+from mllm3d.training.validation import Validation
 
 Evaluate = Callable[[Any, int], float]
 """(DeepSpeed engine, step) -> a value, higher is better. Called by all ranks before each checkpoint; all of
@@ -53,6 +54,8 @@ def fit(config: Config, recipe: Recipe, resume: bool = False, evaluate: Evaluate
     if progress.position is not None:
         schedule.seek(progress.position)
     batches = open_loader(config, recipe, schedule)
+    if evaluate is None and config.data.validation_split is not None:
+        evaluate = Validation(config, recipe, world, total_steps)
     if resume:
         checkpoints.restore_random_state()
 

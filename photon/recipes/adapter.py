@@ -2,7 +2,8 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +28,8 @@ class _Clock(StoppingCriteria):
         self.times: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if input_ids.is_cuda:
+            torch.cuda.synchronize(input_ids.device)
         self.times.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
@@ -58,14 +61,11 @@ class PhotonAdapter:
     ) -> list[RawAnswer]:
         """Greedy answers; the volumes are encoded once for all questions."""
         inputs = dict(self.processor(list(volumes), [chat(q) for q in questions]))
-        inputs.pop("labels")
-        inputs["group_index"] = torch.zeros(len(questions), dtype=torch.long)
-        inputs = {k: v.to(self.model.device) for k, v in inputs.items()}
         if mode == "random":
             inputs["random_seeds"] = torch.tensor([question_seed(seed, q) for q in questions])
-        clock, decision = _Clock(), _Decision()
-        start = time.perf_counter()
-        with torch.inference_mode(), decision.watch(self.model):
+        inputs = {k: v.to(self.model.device) for k, v in inputs.items()}
+        clock, start = _Clock(), time.perf_counter()
+        with torch.inference_mode(), _decisions(self.model) as decided:
             generated = self.model.generate(
                 **inputs,
                 reduction="none" if mode == "none" else "hard",
@@ -75,9 +75,8 @@ class PhotonAdapter:
             )
         new = generated[:, inputs["input_ids"].shape[1] :].tolist()
         ends = [_length(row, self.processor.tokenizer.eos_token_id) for row in new]
-        before = self.processor.geometry.tokens
-        total = sum(before(v.shape) for v in volumes)
-        kept = decision.kept or [np.ones(total, bool)] * len(questions)
+        total = sum(self.processor.geometry.tokens(v.shape) for v in volumes)
+        kept = decided or [np.ones(total, bool)] * len(questions)
         texts = self.processor.tokenizer.batch_decode(
             [r[:n] for r, n in zip(new, ends, strict=True)], skip_special_tokens=True
         )
@@ -94,33 +93,20 @@ class PhotonAdapter:
         return np.stack([corner * unit, (corner + 1) * unit], axis=-1)
 
 
-class _Decision:
-    """Catches what the prefill decided to keep, which `generate` does not return."""
+@contextmanager
+def _decisions(model: nn.Module) -> Iterator[list[np.ndarray]]:
+    """What the prefill decided to keep, row by row, which `generate` does not return; empty where nothing was."""
+    kept: list[np.ndarray] = []
 
-    def __init__(self) -> None:
-        self.kept: list[np.ndarray] = []
+    def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        if output.kept is not None:
+            kept.extend(output.kept.cpu().numpy())
 
-    def watch(self, model: nn.Module) -> Any:
-        """Context in which the first forward pass is watched."""
-
-        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if output.kept is not None and not self.kept:
-                self.kept = list(output.kept.cpu().numpy())
-
-        return _Hook(model.register_forward_hook(note))
-
-
-class _Hook:
-    """Removes a hook when the context ends."""
-
-    def __init__(self, handle: Any) -> None:
-        self.handle = handle
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.remove()
+    handle = model.register_forward_hook(note)
+    try:
+        yield kept
+    finally:
+        handle.remove()
 
 
 def _length(tokens: list[int], end: int) -> int:

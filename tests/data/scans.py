@@ -1,6 +1,7 @@
 """Small asymmetric scans and rows for the tests of mllm3d.data."""
 
 import itertools
+import locale
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def itk_image(array: np.ndarray, **how: Any) -> sitk.Image:
 def save_dicom(folder: Path, image: sitk.Image, series: str = SERIES_UID, start: int = 0) -> Path:
     """Write an ITK image as a DICOM series with HU offset by a rescale intercept of -1024."""
     folder.mkdir(parents=True, exist_ok=True)
+    encoding = locale.setlocale(locale.LC_CTYPE)
     direction = np.array(image.GetDirection()).reshape(3, 3)
     for k in range(image.GetDepth()):
         slice_ = image[:, :, k]
@@ -94,6 +96,7 @@ def save_dicom(folder: Path, image: sitk.Image, series: str = SERIES_UID, start:
         # Names in reverse, so that nothing depends on them.
         writer.SetFileName(str(folder / f"{900 - start - k}.dcm"))
         writer.Execute(slice_)
+    locale.setlocale(locale.LC_CTYPE, encoding)  # GDCM's writer leaves the whole process with ASCII
     return folder
 
 

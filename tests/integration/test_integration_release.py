@@ -55,7 +55,6 @@ model = AutoModelForImageTextToText.from_pretrained(folder)
 processor = AutoProcessor.from_pretrained(folder)
 assert type(model) is photon.PhotonForConditionalGeneration and type(processor) is photon.PhotonProcessor
 inputs = processor([np.load(volume)], [{"role": "user", "content": question}])
-inputs.pop("labels")
 tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:]
 print(json.dumps([processor.decode(tokens, skip_special_tokens=True).strip(), sorted(BLOCKED & set(sys.modules))]))
 """

@@ -60,7 +60,6 @@ def test_every_mode_accounts_for_all_tokens(adapter: PhotonAdapter) -> None:
 
 def test_what_is_kept_is_what_the_model_decides_on_the_prompt(adapter: PhotonAdapter) -> None:
     prompt = dict(adapter.processor([scan()], [[{"role": "user", "content": q}] for q in QUESTIONS]))
-    prompt.pop("labels")
     decided = adapter.model(**prompt).kept
     assert masks(ask(adapter, QUESTIONS, "scheduled")) == decided.tolist()
 

@@ -18,7 +18,6 @@ def test_decoding_step_by_step_gives_the_teacher_forced_logits(tiny: Any, reduct
     model.eval()
     volume = torch.rand(8, 24, 32)
     prompts = dict(processor([volume], [turn(q) for q in QUESTIONS]))
-    prompts.pop("labels")
     # The two questions differ in length, so the cache is padded; all rows belong to one volume.
     prompts["group_index"] = torch.zeros(2, dtype=torch.long)
     result = model.generate(
@@ -45,12 +44,10 @@ def test_beams_repeat_rows_and_not_volumes(tiny: Any) -> None:
     model, processor = tiny()
     model.eval()
     prompts = dict(processor([torch.rand(8, 24, 32)], [turn(q) for q in QUESTIONS]))
-    prompts.pop("labels")
     settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     both = model.generate(**prompts, num_beams=3, **settings)
     for row, question in enumerate(QUESTIONS):
         single = dict(processor([torch.zeros(8, 24, 32)], [turn(question)]))
-        single.pop("labels")
         single["pixel_values_videos"] = prompts["pixel_values_videos"]
         found = model.generate(**single, num_beams=3, **settings)
         assert torch.equal(found[0, -4:], both[row, -4:])
@@ -60,7 +57,6 @@ def test_sampling_draws_several_answers(tiny: Any) -> None:
     model, processor = tiny()
     model.eval()
     prompts = dict(processor([torch.rand(8, 24, 32)], [turn(QUESTIONS[0])]))
-    prompts.pop("labels")
     torch.manual_seed(0)
     drawn = model.generate(**prompts, do_sample=True, temperature=3.0, num_return_sequences=4, max_new_tokens=4)
     assert len({tuple(row) for row in drawn.tolist()}) > 1

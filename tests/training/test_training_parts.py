@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from mllm3d.config import Config, OptimizerConfig
+from mllm3d.config import Config, OptimizerConfig, config_to_yaml
 from mllm3d.errors import UserError
 from mllm3d.training import random_state
+from mllm3d.training.distributed import World
 from mllm3d.training.estimate import count_steps, memory, report
 from mllm3d.training.gradients import reach_all
 from mllm3d.training.logging import drop_after
@@ -25,6 +26,7 @@ from mllm3d.training.recipe import StepOutput, Term, to_device
 from mllm3d.training.schedule import build_schedule, rate
 from mllm3d.training.step import step_loss
 from mllm3d.training.stored import StateFiles
+from mllm3d.training.trainer import peak_speed
 from tests.training.toy_recipe import ToyRecipe
 from tests.training.toy_run import Planted, read_config
 
@@ -218,6 +220,15 @@ def test_a_resumed_run_writes_its_metrics_anew(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
     drop_after(file, 2)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
+
+
+def test_a_cpu_has_a_peak_only_where_the_config_names_it(toy_config: Make, tmp_path: Path) -> None:
+    two_ranks = World(0, 2, torch.device("cpu"), control=None)  # type: ignore[arg-type]
+    config = read_config(toy_config(tmp_path))
+    assert peak_speed(config, ToyRecipe(config), two_ranks) is None
+    assert "peak_tflops: null" in config_to_yaml(config)  # so it is not named in the run folder either
+    named = read_config(toy_config(tmp_path, estimate__peak_tflops=1e-6))
+    assert peak_speed(named, ToyRecipe(named), two_ranks) == pytest.approx(2 * 1e6 / (6 * 64 * 8))
 
 
 # --- estimate -----------------------------------------------------------------------------------------------

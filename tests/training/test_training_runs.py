@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mllm3d.config import VolumeConfig
+from mllm3d.data.cache import VolumeCache
+from mllm3d.data.dataset import load_group
 from mllm3d.data.manifest import Row, read_manifest
 from mllm3d.data.samplers import batches_for_rank, make_groups
 from tests.training.toy_launch import DEEPSPEED, PYTHON, TORCHRUN, Outcome, launch, read_metrics, read_weights
+from tests.training.toy_recipe import ToyRecipe
+from tests.training.toy_run import read_config
 
 STAGES = [("fp32", 2), ("bf16", 2), ("fp32", 0), ("bf16", 0), ("bf16", 1), ("fp32", 3), ("bf16", 3)]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -115,6 +120,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory, toy_config: Config, runs: Ru
     often: dict[str, Any] = {"training__save_every": 1, "training__keep_last": 1}
     plan.append({"config": toy_config(folder / "best", **often), "scores": scores})
     plan.append({"config": toy_config(folder / "checkpointed", training__activation_checkpointing=True)})
+    plan.append({"config": toy_config(folder / "validated", data__validation_split="train")})
+    names.append("validated")
     names += ["again", "nothing_to_resume", "other_files", "second_try"]
     plan.append({"config": toy_config(folder / "whole")})
     plan.append({"config": toy_config(folder / "absent"), "resume": True})
@@ -299,6 +306,31 @@ def test_the_best_checkpoint_is_kept_beside_the_last(alone: Runs) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_2", "step_4"]
     progress = json.loads((folder / "step_4" / "trainer.json").read_text())["progress"]
     assert (progress["best_step"], progress["best_value"]) == (2, 0.7)
+
+
+def test_the_validation_loss_is_the_mean_over_the_split_and_decides_which_is_best(
+    alone: Runs, toy_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every answer token weighs the same, and every question: as if the split were one batch."""
+    assert alone.errors["validated"] is None
+    run = alone.folder / "validated"
+    progress = json.loads((run / "checkpoints" / "step_4" / "trainer.json").read_text())["progress"]
+    recipe = ToyRecipe(read_config(toy_config(run)))
+    model = recipe.build().eval()
+    best = run / "checkpoints" / f"step_{progress['best_step']}" / "model" / "model.safetensors"
+    model.load_state_dict(load_file(best))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    rows = read_manifest(recipe.config.data.manifest)
+    groups = make_groups(rows, 4, seed=0, epoch=0)
+    cache = VolumeCache(run / "cache")
+    root = recipe.config.data.manifest.parent
+    batch = recipe.collate([load_group(group, rows, root, cache, recipe.config.volume) for group in groups])
+    with torch.no_grad():
+        terms = recipe.losses(model, batch, 0, 4, {"tokens": 1.0}).terms
+    counts = recipe.counts(batch)
+    loss = sum(float(term.value) / counts[term.per] for term in terms.values())
+    assert progress["best_value"] == pytest.approx(-loss, rel=1e-5)
 
 
 def test_only_the_last_checkpoints_are_kept(alone: Runs) -> None:
