@@ -17,9 +17,6 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 QUICKSTART := runs/quickstart
 
-# Threads that wait for each other sleep instead of spinning: a busy machine then costs its share and no more.
-export OMP_WAIT_POLICY := passive
-
 .PHONY: install test quickstart clean
 .DEFAULT_GOAL := test
 
@@ -58,7 +55,7 @@ test: $(INSTALLED)
 # A small Photon through its phases on generated phantoms: vision, questions, patch embedding, token dropping.
 quickstart: $(INSTALLED)
 	rm -rf $(QUICKSTART)
-	$(BIN)/python data/phantom/prepare.py --out $(QUICKSTART)/data --cases 1200 --seed 0 --tasks existence --priors 0
+	$(BIN)/python data/phantom/prepare.py --out $(QUICKSTART)/data --cases 1000 --seed 0 --tasks existence --priors 0
 	$(BIN)/python train.py --config quickstart/vision
 	$(BIN)/python train.py --config quickstart/backbone
 	$(BIN)/python train.py --config quickstart/phase1

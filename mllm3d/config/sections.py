@@ -195,6 +195,9 @@ class TrainingConfig(Settings):
     log_every: PositiveInt = Field(default=10, description="Steps between two lines of metrics.")
     save_every: PositiveInt | None = Field(default=None, description="Steps between checkpoints. None: at the end.")
     keep_last: PositiveInt = Field(default=2, description="Newest checkpoints that are kept.")
+    keep_best: PositiveInt = Field(
+        default=1, description="Best checkpoints that are kept as well, where data.validation_split is given."
+    )
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:

@@ -33,12 +33,16 @@ TRAINER = "trainer.json"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is: optimizer steps done, sampler position after them, best value so far and its step."""
+    """Where a run is: optimizer steps done, sampler position after them, best value so far and its step.
+
+    best: (step, value) of the checkpoints that are kept for their value, the best first.
+    """
 
     step: int = 0
     position: tuple[int, int] | None = None
     best_value: float | None = None
     best_step: int | None = None
+    best: tuple[tuple[int, float], ...] = ()
 
 
 def identity(config: Config, module: nn.Module, world: World, data: str) -> dict[str, Any]:
@@ -138,7 +142,8 @@ class Checkpoints:
 
     def _prune(self, progress: Progress) -> None:
         steps = saved_steps(self.run)
-        keep = {*[step for step in steps if step <= progress.step][-self.keep_last :], progress.best_step}
+        newest = [step for step in steps if step <= progress.step][-self.keep_last :]
+        keep = {*newest, *(step for step, _ in progress.best)}
         for step, folder in steps.items():
             if step not in keep:
                 shutil.rmtree(folder)
@@ -185,7 +190,8 @@ class Checkpoints:
             if not path.is_file() or path.stat().st_size != size:
                 raise UserError(f"{path}: missing or cut short; name an older step in {folder.parent / LATEST}")
         position = progress["position"]
-        return Progress(**{**progress, "position": None if position is None else (position[0], position[1])})
+        plain = {"position": None if position is None else (position[0], position[1])}
+        return Progress(**{**progress, **plain, "best": tuple((step, value) for step, value in progress["best"])})
 
 
 def _keep_own_settings(engine: Any, own: list[dict[str, Any]]) -> None:

@@ -70,7 +70,7 @@ def fit(config: Config, recipe: Recipe, resume: bool = False, evaluate: Evaluate
             if is_save_due(training, step + 1, total_steps):
                 log.flush()
                 progress = replace(progress, step=step + 1, position=taken[-1].next_position)
-                progress = judged(progress, evaluate, engine)
+                progress = judged(progress, evaluate, engine, training.keep_best)
                 checkpoints.save(engine, recipe, progress)
                 log.restart_clock()
     world.barrier()
@@ -139,13 +139,12 @@ def is_save_due(training: TrainingConfig, step: int, total_steps: int) -> bool:
     return step == total_steps or (training.save_every is not None and step % training.save_every == 0)
 
 
-def judged(progress: Progress, evaluate: Evaluate | None, engine: Any) -> Progress:
-    """Progress with the best step so far, where the run is evaluated at all."""
+def judged(progress: Progress, evaluate: Evaluate | None, engine: Any, keep: int) -> Progress:
+    """Progress with the `keep` best steps so far, where the run is evaluated at all; of equals the earlier wins."""
     if evaluate is None:
         return progress
     engine.eval()
     value = evaluate(engine, progress.step)
     engine.train()
-    if progress.best_value is not None and value <= progress.best_value:
-        return progress
-    return replace(progress, best_value=value, best_step=progress.step)
+    ranked = sorted([*progress.best, (progress.step, value)], key=lambda item: (-item[1], item[0]))[:keep]
+    return replace(progress, best=tuple(ranked), best_step=ranked[0][0], best_value=ranked[0][1])

@@ -117,7 +117,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, toy_config: Config, runs: Ru
     (folder / "broken.jsonl").write_text(json.dumps({**row, "volume": "absent.npy"}) + "\n")
     names += ["best", "checkpointed"]
     scores = {"1": 0.1, "2": 0.7, "3": 0.7, "4": 0.3}
-    often: dict[str, Any] = {"training__save_every": 1, "training__keep_last": 1}
+    often: dict[str, Any] = {"training__save_every": 1, "training__keep_last": 1, "training__keep_best": 2}
     plan.append({"config": toy_config(folder / "best", **often), "scores": scores})
     plan.append({"config": toy_config(folder / "checkpointed", training__activation_checkpointing=True)})
     plan.append({"config": toy_config(folder / "validated", data__validation_split="train")})
@@ -300,10 +300,10 @@ def test_a_resumed_run_takes_its_learning_rate_from_its_config(alone: Runs) -> N
 
 
 def test_the_best_checkpoint_is_kept_beside_the_last(alone: Runs) -> None:
-    """Values 0.1, 0.7, 0.7, 0.3 at steps 1 to 4; the first of two equals is the best."""
+    """Values 0.1, 0.7, 0.7, 0.3 at steps 1 to 4, two best and one last; the first of two equals is the best."""
     folder = alone.folder / "best" / "checkpoints"
     assert alone.errors["best"] is None
-    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_2", "step_4"]
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_2", "step_3", "step_4"]
     progress = json.loads((folder / "step_4" / "trainer.json").read_text())["progress"]
     assert (progress["best_step"], progress["best_value"]) == (2, 0.7)
 
