@@ -70,6 +70,7 @@ quickstart: $(INSTALLED)
 	@echo "results      $(QUICKSTART)/phase2/evaluation/test/table.md"
 	@echo "checkpoint   $(QUICKSTART)/release"
 	@echo "evidence     $(QUICKSTART)/evidence.png"
+	@echo; cat $(QUICKSTART)/phase2/evaluation/test/table.md
 
 clean:
 	rm -rf .venv $(QUICKSTART) *.egg-info

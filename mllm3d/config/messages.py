@@ -78,13 +78,11 @@ def _unknown_key(path: KeyPath, schema: type[BaseModel], values: dict[str, Any])
     siblings = [str(other[-1]) for other in known if other[:-1] == path[:-1]]
     below = _single_leaf(path, values)[len(path) :]
     near = difflib.get_close_matches(str(path[-1]), siblings, n=1)
-    if near:
-        guess = (*path[:-1], near[0], *below)
-        return f"unknown key; did you mean {dotted(guess)}?"
-    elsewhere = [other for other in known if other[-1] == path[-1]]
-    if elsewhere:
-        return f"unknown key; did you mean {' or '.join(dotted(other) for other in elsewhere)}?"
-    return f"unknown key; allowed: {', '.join(siblings)}" if siblings else "unknown key; this section takes no keys"
+    guesses = [(*path[:-1], near[0], *below)] if near else [other for other in known if other[-1] == path[-1]]
+    allowed = f"allowed: {', '.join(siblings)}" if siblings else "this section takes no keys"
+    if not guesses:
+        return f"unknown key; {allowed}"
+    return f"unknown key; did you mean {' or '.join(dotted(guess) for guess in guesses)}? ({allowed})"
 
 
 def _describe(item: Any) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mllm3d.config import load
+from mllm3d.config import Config, TrainingConfig, load
 from mllm3d.errors import UserError
 
 
@@ -10,6 +10,10 @@ def lines(name, overrides=None) -> list[str]:
     with pytest.raises(UserError) as caught:
         load(name, overrides)
     return str(caught.value).splitlines()
+
+
+def allowed(section) -> str:
+    return f"(allowed: {', '.join(section.model_fields)})"
 
 
 def with_line(minimal: str, text: str) -> str:
@@ -41,18 +45,20 @@ def test_all_mistakes_of_a_file_are_reported_in_order(write):
         "bad.yaml:2: volume.shape[2]: must be a valid integer, got 'x'",
         "bad.yaml:3: data.manifest: must be a path, got 3",
         "bad.yaml:4: training.optimizer: missing, and it has no default",
-        "bad.yaml:6: training.optimiser.lr: unknown key; did you mean training.optimizer.lr?",
+        "bad.yaml:6: training.optimiser.lr: unknown key; did you mean training.optimizer.lr? "
+        + allowed(TrainingConfig),
         "bad.yaml:7: training.epochs: must be a valid number, got 'three'",
         "bad.yaml:8: training.precision: must be 'bf16' or 'fp32', got 'fp16'",
         "bad.yaml:9: training.zero_stage: must be a valid integer, got 2.0",
-        "bad.yaml:10: model.band.mim: unknown key; did you mean model.band.min?",
+        "bad.yaml:10: model.band.mim: unknown key; did you mean model.band.min? (allowed: min)",
         "bad.yaml:11: run.seed: must be a valid integer, got True",
     ]
 
 
 def test_a_key_in_the_wrong_section_is_found_in_the_right_one(write, minimal):
     write("run.yaml", with_line(minimal, "  lr: 3"))
-    assert lines("run.yaml") == ["run.yaml:10: training.lr: unknown key; did you mean training.optimizer.lr?"]
+    wanted = "run.yaml:10: training.lr: unknown key; did you mean training.optimizer.lr? "
+    assert lines("run.yaml") == [wanted + allowed(TrainingConfig)]
 
 
 def test_a_key_like_no_other_lists_what_is_allowed(write, minimal):
@@ -70,7 +76,8 @@ def test_a_mistake_is_reported_in_the_file_that_has_it(write, minimal):
 
 
 def test_overrides_are_named_as_such(write, minimal):
-    assert lines("run.yaml", ["rn.seed=1"]) == ["command line: rn.seed: unknown key; did you mean run.seed?"]
+    wanted = "command line: rn.seed: unknown key; did you mean run.seed? "
+    assert lines("run.yaml", ["rn.seed=1"]) == [wanted + allowed(Config)]
     assert lines("run.yaml", ["run.seed=x"]) == ["command line: run.seed: must be a valid integer, got 'x'"]
     assert lines("run.yaml", ["seed"]) == ["override 'seed': must look like section.key=value"]
     assert lines("run.yaml", ["run..seed=1"]) == ["override 'run..seed=1': must look like section.key=value"]
