@@ -20,7 +20,7 @@ from rich.table import Table
 from photon import PhotonConfig, PhotonForConditionalGeneration, PhotonProcessor
 from photon.flops import forward_flops
 from photon.processing_photon import VolumeChats
-from photon.tokenization import SPECIAL_TOKENS, train_tokenizer
+from photon.tokenization import SPECIAL_TOKENS, special_token_fields, train_tokenizer
 
 SHAPE = (56, 112, 112)
 QUESTION, ANSWER = "Is there a pleural effusion on the left side of this chest CT?", "yes"
@@ -66,9 +66,7 @@ def build(width: int, layers: int) -> tuple[PhotonForConditionalGeneration, Phot
             "window_size": 112, "tokens_per_second": 2,
         },
         tie_word_embeddings=True, scheduling={"keep_ratio": 0.4},
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-        turn_end_token_id=ids["<|im_end|>"],
+        **special_token_fields(ids),
     )  # fmt: skip
     return PhotonForConditionalGeneration(config), PhotonProcessor.from_config(config, tokenizer)
 

@@ -1,6 +1,6 @@
 """A small tokenizer of Qwen's kind, for models that are trained from nothing."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
@@ -25,6 +25,17 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """Qwen2.5's chat template for plain text messages."""
+
+
+def special_token_fields(ids: Mapping[str, int]) -> dict[str, int]:
+    """Fields of ``PhotonConfig`` that name the ids of the special tokens, from token -> id."""
+    return {
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "turn_end_token_id": ids["<|im_end|>"],
+    }
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:

@@ -22,7 +22,7 @@ from photon.geometry import Size3
 from photon.heads import AuxiliaryHeads, class_shares, dense_loss, findings_loss
 from photon.modeling_photon import PhotonForConditionalGeneration
 from photon.recipes.base import PatchSize, PhotonRecipe, checkpoint_folder, on_meta, token_metrics
-from photon.tokenization import SPECIAL_TOKENS, train_tokenizer
+from photon.tokenization import SPECIAL_TOKENS, special_token_fields, train_tokenizer
 
 Ids = Annotated[tuple[int, ...], Strict(False)]
 Names = Annotated[tuple[str, ...], Strict(False)]
@@ -146,11 +146,7 @@ class Backbone(PhotonRecipe):
             slices_per_frame=s.slices_per_frame,
             temporal_step=s.temporal_step,
             tie_word_embeddings=True,
-            image_token_id=ids["<|image_pad|>"],
-            video_token_id=ids["<|video_pad|>"],
-            vision_start_token_id=ids["<|vision_start|>"],
-            vision_end_token_id=ids["<|vision_end|>"],
-            turn_end_token_id=ids["<|im_end|>"],
+            **special_token_fields(ids),
         )
 
     def initial_config(self) -> PhotonConfig:

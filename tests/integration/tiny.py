@@ -12,7 +12,7 @@ from mllm3d.config import VolumeConfig
 from photon import PhotonConfig, PhotonForConditionalGeneration, PhotonProcessor
 from photon.building import with_patches, with_scheduling
 from photon.scheduling import SchedulingSettings
-from photon.tokenization import SPECIAL_TOKENS, train_tokenizer
+from photon.tokenization import SPECIAL_TOKENS, special_token_fields, train_tokenizer
 
 SHAPE = (16, 32, 32)
 VOLUME = VolumeConfig(window_hu=(-200.0, 300.0), shape=SHAPE, mean=0.5, std=0.5)
@@ -80,11 +80,7 @@ def backbone_config(tokenizer: Any) -> PhotonConfig:
         slices_per_frame=2,
         temporal_step=1.0,
         tie_word_embeddings=True,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        turn_end_token_id=ids["<|im_end|>"],
+        **special_token_fields(ids),
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from photon import PhotonConfig, PhotonForConditionalGeneration, PhotonProcessor
-from photon.tokenization import SPECIAL_TOKENS, train_tokenizer
+from photon.tokenization import SPECIAL_TOKENS, special_token_fields, train_tokenizer
 from tests.photon.tiny_recipes import Recipes
 
 TEXTS = ["Is there a pleural effusion?", "Which side is it on?", "How many lesions?", "yes", "no", "left", "two"]
@@ -51,11 +51,7 @@ def tiny_config(tokenizer: Any, **changes: Any) -> PhotonConfig:
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=True,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        turn_end_token_id=ids["<|im_end|>"],
+        **special_token_fields(ids),
         **changes,
     )
 
