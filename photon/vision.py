@@ -13,9 +13,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     apply_rotary_pos_emb_vision,
 )
 
-from photon.attention import packed_attention
 from photon.configuration_photon import PhotonConfig
 from photon.patch_embedding import PatchEmbedding
+from photon.varlen import packed_attention
 
 
 class PackedVisionAttention(Qwen2_5_VLVisionAttention):
