@@ -20,7 +20,7 @@ from rich.table import Table
 from photon import PhotonConfig, PhotonForConditionalGeneration, PhotonProcessor
 from photon.flops import forward_flops
 from photon.processing_photon import VolumeChats
-from photon.tokenization import SPECIAL_TOKENS, special_token_fields, train_tokenizer
+from photon.tokenization import SPECIAL_TOKENS, token_fields, train_tokenizer
 
 SHAPE = (56, 112, 112)
 QUESTION, ANSWER = "Is there a pleural effusion on the left side of this chest CT?", "yes"
@@ -66,7 +66,7 @@ def build(width: int, layers: int) -> tuple[PhotonForConditionalGeneration, Phot
             "window_size": 112, "tokens_per_second": 2,
         },
         tie_word_embeddings=True, scheduling={"keep_ratio": 0.4},
-        **special_token_fields(ids),
+        **token_fields(tokenizer),
     )  # fmt: skip
     return PhotonForConditionalGeneration(config), PhotonProcessor.from_config(config, tokenizer)
 

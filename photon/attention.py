@@ -44,26 +44,36 @@ class Plan:
         self.keys_values: dict[int, tuple[Tensor, Tensor]] = {}
         self.watched: tuple[Tensor, Tensor] | None = None
 
-    def note(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Keep ``key, value`` of every layer when recording, and ``query, key`` of the watched layer."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """``(H, T, E)`` from query ``(H, T, E)`` and key, value ``(J, T, E)`` of a decoder layer.
+
+        Remembers key and value of every layer when recording, and query and key of the watched layer.
+        """
         if self.record:
             self.keys_values[layer] = (key, value)
         if layer == self.watch:
             self.watched = (query, key)
+        return self._attend(query, key, value, scale)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """``(H, T, E)`` from query ``(H, T, E)`` and key, value ``(J, T, E)``."""
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         raise NotImplementedError
+
+
+class ScorePlan(Plan):
+    """Only watches: for the queries and keys of a layer that has not run yet."""
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        return torch.zeros_like(query)
 
 
 class RowsPlan(Plan):
     """Independent causal sequences end to end."""
 
-    def __init__(self, lengths: list[int], record: bool = False) -> None:
-        super().__init__(record)
+    def __init__(self, lengths: list[int], record: bool = False, watch: int | None = None) -> None:
+        super().__init__(record, watch)
         self.lengths = lengths
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         return packed_attention(query, key, value, self.lengths, True, scale)
 
 
@@ -85,15 +95,22 @@ class _Branch:
 class TreePlan(Plan):
     """Every group's prefix once, and its questions as branches of it.
 
-    Packed order: the prefixes of all groups, then the questions group by group.
+    Packed order: the prefixes of all groups, then the questions group by group. With ``stored`` keys and values
+    of the prefixes by layer, only the questions pass; what is remembered has the prefixes in front.
     """
 
     def __init__(
-        self, prefixes: list[int], suffixes: list[list[int]], record: bool = False, watch: int | None = None
+        self,
+        prefixes: list[int],
+        suffixes: list[list[int]],
+        record: bool = False,
+        watch: int | None = None,
+        stored: dict[int, tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         super().__init__(record, watch)
         self.prefixes = prefixes
         self.prefix_tokens = sum(prefixes)
+        self.stored = stored
         prefix_at = offsets(prefixes)
         suffix_at = [self.prefix_tokens + x for x in offsets([sum(s) for s in suffixes])]
         self.branches = [
@@ -101,11 +118,21 @@ class TreePlan(Plan):
             for i, lengths in enumerate(suffixes)
         ]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if self.stored is None:
+            return super().attend(layer, query, key, value, scale)
+        before = self.stored[layer]
+        key, value = torch.cat([before[0], key], dim=1), torch.cat([before[1], value], dim=1)
+        query = F.pad(query, (0, 0, self.prefix_tokens, 0))
+        return super().attend(layer, query, key, value, scale)[:, self.prefix_tokens :]
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         end = self.prefix_tokens
         lengths = [n for n in self.prefixes if n]
         parts = []
-        if lengths:
+        if self.stored is not None:
+            parts.append(query[:, :end])
+        elif lengths:
             parts.append(packed_attention(query[:, :end], key[:, :end], value[:, :end], lengths, True, scale))
         key, value = match_heads(query, key, value)
         for branch in self.branches:
@@ -133,8 +160,8 @@ def photon_attention(
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
         return out, None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    plan.note(module.layer_idx, query[0], key[0], value[0])  # type: ignore[arg-type]
-    return plan.attend(query[0], key[0], value[0], scale).transpose(0, 1)[None], None
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return plan.attend(layer, query[0], key[0], value[0], scale).transpose(0, 1)[None], None
 
 
 AttentionInterface.register(ATTENTION_NAME, photon_attention)

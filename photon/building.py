@@ -12,18 +12,31 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.utils import logging
 
 from photon.configuration_photon import BACKBONES, PhotonConfig
 from photon.geometry import Size3
 from photon.modeling_photon import PhotonForConditionalGeneration
-from photon.patch_embedding import QWEN_STD, inflate
+from photon.patch_embedding import PIXELS, PixelScale, Scale, inflate, inflated_offset
 from photon.processing_photon import PhotonProcessor
 from photon.scheduling import SchedulingSettings
 
-PATCH_WEIGHT = "model.visual.patch_embed.proj.weight"
-SCHEDULER = "model.threshold_predictor."
+PATCH_EMBEDDING = "model.visual.patch_embed."
+PATCH_WEIGHT = PATCH_EMBEDDING + "proj.weight"
+PATCH_BIAS = PATCH_EMBEDDING + "proj.bias"
+SCHEDULER = "model.threshold_predictors."
+FAMILIES: dict[str, Any] = {
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen3_vl": Qwen3VLForConditionalGeneration,
+}
+"""Backbones by the ``model_type`` of their configuration."""
 PatchInit = Literal["inflate", "fresh"]
 
 
@@ -39,7 +52,7 @@ def planned_config(name: str) -> PhotonConfig | None:
 
 
 def read_config(source: str | Path) -> PhotonConfig:
-    """Configuration of a Qwen2.5-VL or Photon checkpoint (path or hub name).
+    """Configuration of a Qwen2.5-VL, Qwen3-VL or Photon checkpoint (path or hub name).
 
     Raises:
         ValueError: the checkpoint is of another model. OSError: it cannot be read.
@@ -52,14 +65,14 @@ def read_config(source: str | Path) -> PhotonConfig:
 def _family(source: str | Path) -> str:
     """Whose checkpoint it is; asked first, as AutoConfig has long advice for each model that it does not know."""
     found = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
-    if found not in ("qwen2_5_vl", "photon"):
+    if found not in (*FAMILIES, "photon"):
         what = f"a checkpoint of {found!r}" if found else "no config.json with a model_type in it"
-        raise ValueError(f"{what}; Photon starts from qwen2_5_vl or photon")
+        raise ValueError(f"{what}; Photon starts from {', '.join(FAMILIES)} or photon")
     return str(found)
 
 
 def read_model(source: str | Path, dtype: torch.dtype = torch.float32) -> PhotonForConditionalGeneration:
-    """Weights of a Qwen2.5-VL or Photon checkpoint in a Photon model with the same patch embedding.
+    """Weights of a Qwen2.5-VL, Qwen3-VL or Photon checkpoint in a Photon model with the same patch embedding.
 
     Raises:
         ValueError: a weight is missing, is not expected or has another shape, or the checkpoint is of another model.
@@ -71,9 +84,8 @@ def read_model(source: str | Path, dtype: torch.dtype = torch.float32) -> Photon
     if family == "photon":
         return _strictly(PhotonForConditionalGeneration, source, dtype)
     model = empty(read_config(source), dtype)
-    weights = _strictly(Qwen2_5_VLForConditionalGeneration, source, dtype).state_dict()
-    old = "model.visual.patch_embed.proj.weight"
-    weights[old] = weights[old].flatten(1)
+    weights = _strictly(FAMILIES[family], source, dtype).state_dict()
+    weights[PATCH_WEIGHT] = weights[PATCH_WEIGHT].flatten(1)
     transplant(weights, model)
     return model
 
@@ -175,8 +187,8 @@ def with_patches(
     size: Size3,
     channels: int,
     init: PatchInit,
-    std: float,
-    image_std: tuple[float, ...] | None = None,
+    scale: Scale,
+    pixels: PixelScale | None = None,
     temporal_step: float | None = None,
 ) -> PhotonForConditionalGeneration:
     """The same model with a patch embedding of another size.
@@ -184,7 +196,7 @@ def with_patches(
     Args:
         size: (depth, height, width) of a patch in voxels. channels: input channels of the new embedding.
         init: ``inflate`` starts from the present kernel, ``fresh`` from the initial distribution.
-        std: deviation of the volume's scale, image_std: of the present pixels (see :func:`inflate`).
+        scale: of the volume's voxels. pixels: of what the present kernel reads; the backbone's by default.
         temporal_step: see ``PhotonConfig``.
     """
     if init == "inflate" and channels != 1:
@@ -192,12 +204,15 @@ def with_patches(
     before = model.config.patches
     config = patched_config(model.config, size, channels, temporal_step)
     weights = model.state_dict()
-    kernel = weights.pop(PATCH_WEIGHT)
+    kernel, bias = weights.pop(PATCH_WEIGHT), weights.pop(PATCH_BIAS, None)
     if init == "inflate":
         kernel = kernel.unflatten(1, (before.channels, *before.size))
-        weights[PATCH_WEIGHT] = inflate(kernel, size, std, image_std or QWEN_STD[: before.channels])
+        pixels = pixels or PIXELS[model.config.vision_config.model_type]
+        weights[PATCH_WEIGHT] = inflate(kernel, size, scale, pixels)
+        if bias is not None:
+            weights[PATCH_BIAS] = bias + inflated_offset(kernel, scale, pixels)
     renewed = empty(config, kernel.dtype)
-    transplant(weights, renewed, fresh=(PATCH_WEIGHT,) if init == "fresh" else ())
+    transplant(weights, renewed, fresh=(PATCH_EMBEDDING,) if init == "fresh" else ())
     renewed.generation_config = model.generation_config
     return renewed
 
@@ -205,13 +220,12 @@ def with_patches(
 def with_scheduling(
     model: PhotonForConditionalGeneration, settings: SchedulingSettings
 ) -> PhotonForConditionalGeneration:
-    """The same model with token scheduling; a threshold predictor that it already has is kept."""
+    """The same model with token scheduling; threshold predictors that it already has are kept where they fit."""
     config = copy.deepcopy(model.config)
     config.scheduling = settings.to_dict()
     scheduled = empty(config, model.dtype)
-    weights = model.state_dict()
-    if scheduled.model.threshold_predictor is None:
-        weights = {k: v for k, v in weights.items() if not k.startswith(SCHEDULER)}
+    known = scheduled.state_dict().keys()
+    weights = {k: v for k, v in model.state_dict().items() if k in known or not k.startswith(SCHEDULER)}
     transplant(weights, scheduled, fresh=(SCHEDULER,))
     scheduled.generation_config = model.generation_config
     return scheduled

@@ -46,7 +46,8 @@ def forward_flops(
     visual = config.patches.tokens(shape)
     layers = config.text_config.num_hidden_layers
     total = vision_flops(config, grid[0] * grid[1] * grid[2], grid[1] * grid[2])
-    lower = layers if keep_rate is None else config.scheduling_layer
+    drops = config.scheduling_layers or (layers // 4,)
+    lower = layers if keep_rate is None else drops[0]
     total += decoder_flops(config, lower, visual, visual / 2)
     total += decoder_flops(config, lower, questions * text, visual + text / 2)
     if keep_rate is not None:

@@ -1,11 +1,11 @@
-"""Photon: Qwen2.5-VL reading 3D volumes, with visual tokens dropped per question.
+"""Photon: Qwen2.5-VL or Qwen3-VL reading 3D volumes, with visual tokens dropped per question.
 
 Legend: R rows (one question each), L row length, T packed tokens, S packed tokens after dropping, D width,
 N visual tokens of a volume, A label tokens, V vocabulary.
 
-What differs from ``Qwen2_5_VLForConditionalGeneration``:
+What differs from the backbones' own models:
 - rows that share a volume (``group_index``) share its vision pass and its prefix; nothing is padded;
-- after ``scheduling_layer`` decoder layers each row goes on with its own kept tokens (Photon Sec. 3.2-3.3);
+- after each of ``scheduling_layers`` each row goes on with its own kept tokens (Photon Sec. 3.2-3.3);
 - logits are computed where there is a label, or for the last token.
 """
 
@@ -15,28 +15,36 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPreTrainedModel, Qwen2_5_VLTextModel
-from transformers.utils import ModelOutput
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
+from transformers.utils import ModelOutput, logging
 
-from photon.attention import ATTENTION_NAME, Plan, RowsPlan, TreePlan
+from photon.attention import ATTENTION_NAME, Plan, RowsPlan, ScorePlan, TreePlan
 from photon.configuration_photon import PhotonConfig
+from photon.decoding import DecodeState, EarlyCache, EncodedPrefix, KeysValues, Stage, fill
 from photon.packing import Layout, pack
 from photon.scheduling import (
+    Chance,
     PredictorLinear,
     Retention,
     ThresholdPredictor,
     decide,
     instruction_weights,
-    join,
     saliency_logits,
     weighted_query,
 )
-from photon.surrogate import DropTokens
-from photon.vision import PhotonVisionTower
+from photon.stream import GradientScale, LossWeights, Stream, advance, drop, select, weigh
+from photon.vision import TOWERS
+
+logger = logging.get_logger(__name__)
+
+TEXT_MODELS: dict[str, Any] = {"qwen2_5_vl_text": Qwen2_5_VLTextModel, "qwen3_vl_text": Qwen3VLTextModel}
+"""By the ``model_type`` of a text configuration."""
 
 Reduction = Literal["none", "soft", "hard"]
+Flip = Literal["none", "replace", "add"]
 
 
 @dataclass
@@ -47,16 +55,18 @@ class PhotonOutput(ModelOutput):
         loss: mean cross-entropy over the label tokens (fp32).
         logits: ``(A, V)`` at the label positions in packed order, or ``(R, 1, V)`` for the last tokens.
         token_losses: ``(A)`` cross-entropy of each label token.
+        flipped_losses: ``(A)`` the same under the inverted mask, with ``flip="add"``.
         past_key_values: the cache, when asked for.
         keep_rate: ``(R)`` share of the visual tokens that stayed.
-        mean_probability: ``(R)`` r of Eq. 18, with gradient.
-        kept: ``(R, N)`` bool.
+        mean_probability: ``(R, drops)`` r of Eq. 18 at each scheduling layer, with gradient.
+        kept: ``(R, N)`` bool, after the last drop.
         visual_embeds: ``(tokens of all volumes, D)`` as they entered the decoder.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     token_losses: Tensor | None = None
+    flipped_losses: Tensor | None = None
     past_key_values: Cache | None = None
     keep_rate: Tensor | None = None
     mean_probability: Tensor | None = None
@@ -64,67 +74,70 @@ class PhotonOutput(ModelOutput):
     visual_embeds: Tensor | None = None
 
 
-@dataclass
-class Sequences:
-    """The packed sequences above the scheduling layer, one per row.
+@dataclass(frozen=True)
+class Pass:
+    """How one pass through the decoder treats visual tokens.
 
     Attributes:
-        index: ``(S)`` packed index below the scheduling layer of each token.
-        cell: ``(S)`` its place in the flattened ``(R, N)`` of the rows' visual tokens, -1 for text.
-        lengths: tokens of each row.
-        moved: ``(T)`` where a suffix token now stands (prefix tokens may stand in several places).
+        reduction: ``none`` keeps every token, ``soft`` weighs them by q, ``hard`` drops.
+        chance: what is drawn at random in the decision, if anything is.
+        flip: ``replace`` goes on with the inverted mask (Eq. 20); ``add`` has copies of all rows with it besides.
+        learn: whether the decision gets a gradient; not on flipped and perturbed batches.
+        weights: see :class:`LossWeights`; by default those of this batch's own mean.
+        record: keep keys and values.
+        prefix: an encoded volume to start from.
     """
 
-    index: Tensor
-    cell: Tensor
-    lengths: list[int]
-    moved: Tensor
+    reduction: Reduction = "hard"
+    chance: Chance | None = None
+    flip: Flip = "none"
+    learn: bool = True
+    weights: LossWeights | None = None
+    record: bool = False
+    prefix: EncodedPrefix | None = None
 
 
 @dataclass
-class DecodeState:
-    """What decoding needs beside keys and values: rows are padded, and layers differ in length.
+class Decoded:
+    """The decoder's last hidden states and what is needed to read them.
 
     Attributes:
-        masks: per decoder layer ``(R, keys)`` bool.
-        position: ``(R)`` rotary position of the next token.
+        stream: the last stream, with its hidden states before the final norm.
+        stages: the streams' layers. retentions: the decisions between them, rows in packed order.
+        keys_values: per layer, when recorded. prefix: for another question, when recorded for one volume.
     """
 
-    masks: list[Tensor]
-    position: Tensor
+    stream: Stream
+    stages: list[Stage]
+    retentions: list[Retention]
+    keys_values: KeysValues
+    prefix: EncodedPrefix | None = None
+
+    def at(self, index: Tensor) -> Tensor:
+        """Hidden states of suffix tokens by their index on entering the decoder."""
+        return self.stream.hidden[self.stream.moved[index]]
+
+    def flipped_at(self, index: Tensor) -> Tensor:
+        """The same of the copies with the inverted mask."""
+        assert self.stream.flipped_moved is not None
+        return self.stream.hidden[self.stream.flipped_moved[index]]
 
 
-def _select(layout: Layout, kept: Tensor) -> Sequences:
-    """Each row's text and kept visual tokens, end to end. The lengths cost the pass's one host synchronisation."""
-    row_visual = layout.row_visual
-    stays = torch.where(row_visual < 0, True, kept.gather(1, row_visual.clamp(min=0)))
-    stays = stays & (layout.row_tokens >= 0)
-    lengths = stays.sum(1).tolist()
-    flat = torch.nonzero_static(stays.flatten(), size=sum(lengths))[:, 0]
-    index = layout.row_tokens.flatten()[flat]
-    ordinal = row_visual.flatten()[flat]
-    cell = torch.where(ordinal < 0, -1, flat // row_visual.shape[1] * kept.shape[1] + ordinal)
-    moved = torch.zeros_like(layout.source).scatter_(0, index, torch.arange(len(index), device=index.device))
-    return Sequences(index, cell, lengths, moved)
-
-
-def _pad_keys(keys: Tensor, table: Tensor) -> Tensor:
-    """Packed ``(J, T, E)`` as padded ``(R, J, L, E)`` by an index table ``(R, L)`` with -1 for padding."""
-    return keys[:, table.clamp(min=0)].transpose(0, 1)
-
-
-def _length_table(lengths: list[int], device: torch.device) -> Tensor:
-    """Index table ``(R, longest)`` of sequences that lie end to end, -1 behind each end."""
-    size = torch.tensor(lengths, device=device)
-    column = torch.arange(max(lengths), device=device)
-    return torch.where(column < size[:, None], column + (size.cumsum(0) - size)[:, None], -1)
-
-
-class PhotonPreTrainedModel(Qwen2_5_VLPreTrainedModel):
-    """Initialization of what Qwen2.5-VL does not have."""
+class PhotonPreTrainedModel(PreTrainedModel):
+    """What the library has to know of Photon, and the initialization of what the backbones do not have."""
 
     config_class = PhotonConfig
     config: PhotonConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = [
+        "Qwen2_5_VLDecoderLayer",
+        "Qwen2_5_VLVisionBlock",
+        "Qwen3VLTextDecoderLayer",
+        "Qwen3VLVisionBlock",
+    ]
+    _supports_sdpa = True
+    _supports_attention_backend = False
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, PredictorLinear):
@@ -134,152 +147,174 @@ class PhotonPreTrainedModel(Qwen2_5_VLPreTrainedModel):
 
 
 class PhotonModel(PhotonPreTrainedModel):
-    """Vision tower, decoder and threshold predictor, without the language-model head."""
+    """Vision tower, decoder and threshold predictors (one per scheduling layer), without the head."""
 
     def __init__(self, config: PhotonConfig) -> None:
         super().__init__(config)
-        self.visual = PhotonVisionTower.from_config(config)
-        self.language_model = Qwen2_5_VLTextModel._from_config(config.text_config)
+        vision, text = config.vision_config, config.text_config
+        self.visual = TOWERS[vision.model_type](vision, config.patches.voxels)
+        self.language_model = TEXT_MODELS[text.model_type]._from_config(text)
         self.language_model.config._attn_implementation = ATTENTION_NAME
         self.scheduling = config.scheduling_settings
-        self.threshold_predictor: ThresholdPredictor | None = None
-        if self.scheduling is not None and self.scheduling.keep_ratio is None:
-            width = self.scheduling.predictor_width or max(1, config.text_config.hidden_size // 8)
+        self.threshold_predictors = nn.ModuleList()
+        if self.scheduling is not None and self.scheduling.predicts:
+            width = self.scheduling.predictor_width or max(1, text.hidden_size // 8)
             scale, bias = self.scheduling.threshold_scale, self.scheduling.predictor_bias
-            self.threshold_predictor = ThresholdPredictor(width, scale, bias)
+            self.threshold_predictors.extend(ThresholdPredictor(width, scale, bias) for _ in config.scheduling_layers)
         self.post_init()
 
     def embed(self, input_ids: Tensor, layout: Layout, visual_embeds: Tensor | None) -> Tensor:
-        """Packed embeddings ``(T, D)`` with the volumes' tokens in their places (Photon Eq. 2)."""
+        """``(T, D)`` embeddings in packed order, visual tokens in place (Photon Eq. 2)."""
         embeds = self.language_model.embed_tokens(input_ids.flatten()[layout.source])
         if visual_embeds is None:
             return embeds
+        if len(layout.visual) == 0:
+            # A rank without a volume takes part in the vision tower's collectives with an empty one.
+            return embeds + 0 * visual_embeds.sum().to(embeds.dtype)
         if len(visual_embeds) != len(layout.visual):
             raise ValueError(f"pixel_values_videos: {len(visual_embeds)} tokens for {len(layout.visual)} places")
         return embeds.index_copy(0, layout.visual, visual_embeds.to(embeds.dtype))
 
-    def run(self, hidden: Tensor, layers: range, rotary: tuple[Tensor, Tensor], plan: Plan) -> Tensor:
-        """Decoder ``layers`` over packed ``(T, D)`` with rotary tables ``(1, T, E)``."""
+    def run(
+        self,
+        hidden: Tensor,
+        layers: range,
+        rotary: tuple[Tensor, Tensor],
+        plan: Plan,
+        ordinal: Tensor,
+        deepstack: list[Tensor],
+    ) -> Tensor:
+        """Decoder ``layers`` over packed ``(S, D)``; ``deepstack`` features enter after the first layers."""
         x = hidden[None]
         for i in layers:
             x = self.language_model.layers[i](x, attention_mask=None, position_embeddings=rotary, plan=plan)
+            if i < len(deepstack):
+                # The row of zeros behind the features is text's, whose ordinal is -1.
+                x = x + F.pad(deepstack[i], (0, 0, 0, 1))[ordinal].to(x.dtype)
         return x[0]
 
-    def schedule(self, layout: Layout, watched: tuple[Tensor, Tensor], random_seeds: Tensor | None) -> Retention:
-        """Which visual tokens each row keeps (Eq. 3-9), from the queries and keys of the scheduling layer."""
+    def probe(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """Queries and keys of layer 0, before it runs."""
+        layer, plan = self.language_model.layers[0], ScorePlan(watch=0)
+        x = layer.input_layernorm(stream.hidden[None])
+        layer.self_attn(x, attention_mask=None, position_embeddings=stream.rotary, plan=plan)
+        assert plan.watched is not None
+        return plan.watched
+
+    def schedule(
+        self, number: int, stream: Stream, layout: Layout, watched: tuple[Tensor, Tensor], chance: Chance | None
+    ) -> Retention:
+        """Which visual tokens each row keeps (Eq. 3-9), from queries ``(H, S, E)`` and keys ``(J, S, E)``.
+
+        ``number``: of the scheduling layer, from 0.
+        """
         assert self.scheduling is not None
         query, key = (x.detach().float() if self.scheduling.detach else x.float() for x in watched)
-        present = layout.instruction >= 0
-        places = layout.instruction.clamp(min=0)
+        present = stream.instruction >= 0
+        places = stream.instruction.clamp(min=0)
         asked_q = query[:, places].permute(1, 2, 0, 3)  # (R, Q, H, E)
-        weights = instruction_weights(asked_q, key[:, places].permute(1, 2, 0, 3), present)
+        weights = instruction_weights(
+            asked_q, key[:, places].permute(1, 2, 0, 3), present, self.scheduling.self_affinity
+        )
         question = weighted_query(asked_q, weights, key.shape[0])
-        visual_keys = key[:, layout.visual].split(layout.visual_counts, dim=1)
-        questions = question.split([len(s) for s in layout.suffix_lengths])
-        logits = [saliency_logits(q, k) for q, k in zip(questions, visual_keys, strict=True)]
-        if len(set(layout.visual_counts)) == 1:  # usual: all volumes have as many tokens
-            logits = [torch.cat(logits)]
-        sizes = [len(u) for u in logits]
-        seeds = [None] * len(sizes) if random_seeds is None else random_seeds[layout.row_order].split(sizes)
-        asked = present.any(1).split(sizes)
-        return join([self._decide(*row) for row in zip(logits, asked, seeds, strict=True)])
+        if stream.lengths is None:  # rows of a group read the same keys
+            parts = zip(
+                question.split([len(s) for s in layout.suffix_lengths]),
+                key[:, layout.visual].split(layout.visual_counts, dim=1),
+                strict=True,
+            )
+            width = stream.valid.shape[1]
+            logits = torch.cat([F.pad(u, (0, width - u.shape[1])) for u in (saliency_logits(q, k) for q, k in parts)])
+        else:
+            logits = torch.einsum("rje,jrne->rn", question, key[:, stream.visual_at.clamp(min=0)])
+        predictor: Any = self.threshold_predictors[number] if self.scheduling.predicts else None
+        return decide(logits, stream.valid, present.any(1), predictor, self.scheduling, chance)
 
-    def _decide(self, logits: Tensor, asked: Tensor, random_seeds: Tensor | None) -> Retention:
-        assert self.scheduling is not None
-        if logits.shape[1] == 0:  # rows without a volume
-            nothing = torch.zeros_like(logits, dtype=torch.bool)
-            return Retention(nothing, logits, logits.new_zeros(len(logits)), logits, nothing)
-        return decide(logits, asked, self.threshold_predictor, self.scheduling, random_seeds)
-
-    def drop(
-        self, hidden: Tensor, layout: Layout, retention: Retention, soft: bool, weights: "LossWeights | None"
-    ) -> tuple[Tensor, Sequences]:
-        """The sequences above the scheduling layer and their hidden states ``(S, D)``.
+    def reduce(self, stream: Stream, retention: Retention, layout: Layout, how: Pass) -> Stream:
+        """The stream above a scheduling layer.
 
         In the soft stage nothing is dropped and visual tokens are multiplied by q; in the hard stage the mask is
         straight-through (Eq. 10) with the surrogate gradient (Eq. 11-17).
         """
-        if soft:
-            sequences = _select(layout, retention.valid)
-            q = F.pad(retention.probability.flatten(), (0, 1), value=1.0)  # the last entry serves text
-            return hidden[sequences.index] * q[sequences.cell, None].to(hidden.dtype), sequences
-        sequences = _select(layout, retention.kept)
-        if not (torch.is_grad_enabled() and retention.probability.requires_grad):
-            return hidden[sequences.index], sequences
         assert self.scheduling is not None
-        weights = weights or LossWeights(1 / max(1, len(layout.targets)), 1 / layout.rows)
-        labels = torch.bincount(layout.label_rows, minlength=layout.rows).clamp(min=1)
-        dropped = DropTokens.apply(
-            hidden, retention.probability, sequences.index, sequences.cell, retention.kept, retention.valid,
-            1 / (labels * weights.token), weights.row, self.scheduling.surrogate,
-        )  # fmt: skip
-        return dropped, sequences
+        if how.reduction == "soft":
+            chosen = select(stream, retention.valid)
+            return advance(stream, chosen, weigh(stream, chosen, retention))
+        if how.flip == "replace":
+            chosen = select(stream, retention.flipped())
+            return advance(stream, chosen, stream.hidden[chosen.index])
+        chosen = select(stream, retention.kept, retention.rescued)
+        if chosen.counts[0]:
+            logger.warning_once("a question kept no visual token (no q above 0.5); its most probable one stays")
+        hidden = drop(stream, chosen, retention, GradientScale.of(layout, how.weights), self.scheduling.surrogate)
+        if how.flip == "none":
+            return advance(stream, chosen, hidden)
+        flipped = select(stream, retention.flipped())
+        return advance(stream, chosen, torch.cat([hidden, stream.hidden[flipped.index]]), flipped)
 
     def forward(
+        self, input_ids: Tensor, layout: Layout, visual_embeds: Tensor | None, deepstack: list[Tensor], how: Pass
+    ) -> Decoded:
+        """Decode a packed batch up to (and without) the final norm."""
+        layers = self.config.text_config.num_hidden_layers
+        drops = () if self.scheduling is None or how.reduction == "none" else self.config.scheduling_layers
+        if how.flip == "add" and len(drops) > 1:
+            raise ValueError("flip: add needs a single scheduling layer; use replace with several")
+        bounds = [*drops, layers]
+        stream, plan, encoded = self._enter(input_ids, layout, visual_embeds, deepstack, bounds[0], how)
+        deepstack = deepstack if how.prefix is None else how.prefix.deepstack
+        stages, keys_values, retentions = [Stage.of(stream, 0)], dict(plan.keys_values), []
+        for number, (start, end) in enumerate(zip(drops, bounds[1:], strict=False)):
+            watched = self.probe(stream) if start == 0 else plan.watched
+            assert watched is not None
+            retention = self.schedule(number, stream, layout, watched, how.chance)
+            if not how.learn or how.flip == "replace":
+                retention.probability = retention.probability.detach()
+            retentions.append(retention)
+            stream = self.reduce(stream, retention, layout, how)
+            assert stream.lengths is not None
+            plan = RowsPlan(stream.lengths, how.record, watch=end - 1)
+            stream.hidden = self.run(stream.hidden, range(start, end), stream.rotary, plan, stream.ordinal, deepstack)
+            stages.append(Stage.of(stream, start))
+            keys_values |= plan.keys_values
+        return Decoded(stream, stages, retentions, keys_values, encoded)
+
+    def _enter(
         self,
         input_ids: Tensor,
         layout: Layout,
         visual_embeds: Tensor | None,
-        reduction: Reduction = "hard",
-        random_seeds: Tensor | None = None,
-        weights: "LossWeights | None" = None,
-        record: bool = False,
-    ) -> "Packed":
-        """Decode a packed batch up to (and without) the final norm. See :class:`Packed`."""
-        hidden = self.embed(input_ids, layout, visual_embeds)
+        deepstack: list[Tensor],
+        end: int,
+        how: Pass,
+    ) -> tuple[Stream, Plan, EncodedPrefix | None]:
+        """Layers 0 to ``end``, in which rows share their prefix; the prefix itself may be there already."""
+        length, stored = sum(layout.prefix_lengths), how.prefix
+        prefix_ids = input_ids.flatten()[layout.source[:length]]
+        if stored is not None:
+            stored.must_fit(prefix_ids, layout.prefix_lengths, end)
+            hidden = self.language_model.embed_tokens(input_ids.flatten()[layout.source[length:]])
+        else:
+            hidden = self.embed(input_ids, layout, visual_embeds)
         rotary = self.language_model.rotary_emb(hidden[None], layout.positions[:, None])
-        layers = self.config.text_config.num_hidden_layers
-        scheduled = self.scheduling is not None and reduction != "none" and len(layout.visual) > 0
-        split = self.config.scheduling_layer if scheduled else layers
-        tree = TreePlan(layout.prefix_lengths, layout.suffix_lengths, record, watch=split - 1 if scheduled else None)
-        hidden = self.run(hidden, range(split), rotary, tree)
-        if not scheduled:
-            return Packed(hidden, None, None, tree.keys_values, split)
-        assert tree.watched is not None
-        retention = self.schedule(layout, tree.watched, random_seeds)
-        hidden, sequences = self.drop(hidden, layout, retention, reduction == "soft", weights)
-        rows = RowsPlan(sequences.lengths, record)
-        own_rotary = (rotary[0][:, sequences.index], rotary[1][:, sequences.index])
-        hidden = self.run(hidden, range(split, layers), own_rotary, rows)
-        return Packed(hidden, sequences, retention, {**tree.keys_values, **rows.keys_values}, split)
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """What one label token and one question weigh in the loss that is differentiated (see ``DropTokens``)."""
-
-    token: float
-    row: float
-
-
-@dataclass
-class Packed:
-    """The decoder's last hidden states and what is needed to read them.
-
-    Attributes:
-        hidden: ``(T, D)``, or ``(S, D)`` after dropping.
-        sequences: the sequences after dropping; None when nothing was scheduled.
-        retention: the decision, rows in packed order.
-        keys_values: per layer, when recorded.
-        split: first layer that saw the short sequences.
-    """
-
-    hidden: Tensor
-    sequences: Sequences | None
-    retention: Retention | None
-    keys_values: dict[int, tuple[Tensor, Tensor]]
-    split: int
-
-    def at(self, index: Tensor) -> Tensor:
-        """Hidden states of suffix tokens by their packed index."""
-        return self.hidden[index if self.sequences is None else self.sequences.moved[index]]
+        watch, stored_keys = end - 1, None if stored is None else stored.keys_values
+        plan = TreePlan(layout.prefix_lengths, layout.suffix_lengths, how.record, watch, stored_keys)
+        whole = Stream.enter(hidden, rotary, layout)
+        first = 0 if stored is None else length
+        own_rotary = (rotary[0][:, first:], rotary[1][:, first:])
+        hidden = self.run(hidden, range(end), own_rotary, plan, whole.ordinal[first:], deepstack)
+        whole.hidden = hidden if stored is None else torch.cat([stored.hidden, hidden])
+        encoded = stored
+        if how.record and stored is None and len(layout.prefix_lengths) == 1 and length:
+            kept = {i: (k[:, :length], v[:, :length]) for i, (k, v) in plan.keys_values.items()}
+            encoded = EncodedPrefix(prefix_ids, whole.hidden[:length], kept, end, deepstack)
+        return whole, plan, encoded
 
 
 class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
     """Photon with its language-model head; loads and saves like any transformers model."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-    _supports_attention_backend = False
 
     def __init__(self, config: PhotonConfig) -> None:
         super().__init__(config)
@@ -300,6 +335,7 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
         video_grid_thw: Tensor | None,
         group_index: Tensor | None,
         labels: Tensor | None,
+        token_index: Tensor | None = None,
     ) -> Layout:
         """Index tables of a batch (see :func:`photon.packing.pack`); a collator makes them on the host."""
         grids = [] if video_grid_thw is None else video_grid_thw.tolist()
@@ -311,6 +347,7 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
             labels,
             self.config.special_tokens,
             self.config.geometry,
+            token_index,
         )
 
     def forward(
@@ -324,9 +361,15 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         layout: Layout | None = None,
+        token_index: Tensor | None = None,
         reduction: Reduction = "hard",
         random_seeds: Tensor | None = None,
+        threshold_noise: float = 0.0,
+        flip: Flip = "none",
+        learn_scheduling: bool = True,
         weights: LossWeights | None = None,
+        early_cache: EarlyCache = "keep",
+        prefix: EncodedPrefix | None = None,
         **kwargs: Any,
     ) -> PhotonOutput:
         """One pass over rows of text about volumes.
@@ -338,9 +381,16 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
             group_index: ``(R)``; rows with the same value share their volumes and the text before them.
                 Without it every row has its own.
             layout: index tables of this batch, if the collator made them already.
-            reduction: ``none`` keeps every token, ``soft`` weighs them by q, ``hard`` drops.
-            random_seeds: ``(R)``; when given, as many tokens as saliency would drop are dropped at random.
-            weights: see :class:`LossWeights`; by default those of this batch's own mean.
+            token_index: ``(tokens of all volumes)`` which of them are there, counted through all volumes' grids;
+                without it all are (see ``PhotonProcessor.skip_background``).
+            random_seeds: ``(R)``; when given, as many tokens as saliency would drop are dropped at random. A model
+                that was trained so (``scheduling.selection``) draws its own seeds where none are given.
+            threshold_noise: multiply each threshold by 1 + x, x uniform within plus and minus this (A.2.7).
+            reduction, flip, learn_scheduling, weights: see :class:`Pass`.
+            early_cache: which keys and values of dropped tokens the layers below the drop keep for generation:
+                ``keep`` all, as answers saw them in training, or ``evict`` (Photon Sec. 3.2).
+            prefix: an encoded volume in place of ``pixel_values_videos``: ``past_key_values.photon.prefix`` of an
+                earlier pass with a cache over one volume.
 
         Raises:
             ValueError: volumes and visual tokens do not match (see :func:`photon.packing.pack`).
@@ -348,26 +398,49 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
             return self._decode(input_ids, past_key_values)
         if layout is None:
-            layout = self.layout(input_ids, attention_mask, video_grid_thw, group_index, labels)
+            layout = self.layout(input_ids, attention_mask, video_grid_thw, group_index, labels, token_index)
         layout = layout.to(input_ids.device)
-        visual = None
-        if pixel_values_videos is not None:
+        visual, deepstack = None, []
+        if pixel_values_videos is not None and prefix is None:
             assert video_grid_thw is not None
-            visual = self.model.visual.encode(pixel_values_videos, video_grid_thw)
-        record = bool(use_cache)
-        packed = self.model(input_ids, layout, visual, reduction, random_seeds, weights, record)
+            visual, deepstack = self.model.visual.encode(pixel_values_videos, video_grid_thw, token_index)
+        chance = self._chance(layout, random_seeds, threshold_noise)
+        how = Pass(reduction, chance, flip, learn_scheduling, weights, bool(use_cache), prefix)
+        decoded = self.model(input_ids, layout, visual, deepstack, how)
         output = PhotonOutput(visual_embeds=visual)
-        self._add_retention(output, packed, layout)
+        self._add_retention(output, decoded, layout)
         wanted = layout.last if labels is None and not len(layout.targets) else layout.predicts
-        logits = self.lm_head(self.model.language_model.norm(packed.at(wanted)))
+        logits = self._logits(decoded.at(wanted))
         if len(layout.targets):
             output.token_losses = F.cross_entropy(logits.float(), layout.targets, reduction="none")
             output.loss, output.logits = output.token_losses.mean(), logits
         else:
             output.logits = logits[self._input_order(layout)][:, None]
-        if record:
-            output.past_key_values = self._fill(past_key_values, packed, layout)
+        if decoded.stream.flipped_moved is not None:
+            flipped = self._logits(decoded.flipped_at(wanted))
+            output.flipped_losses = F.cross_entropy(flipped.float(), layout.targets, reduction="none")
+        if use_cache:
+            cache = DynamicCache() if past_key_values is None else past_key_values
+            order = self._input_order(layout)
+            cache.photon = fill(cache, decoded.keys_values, decoded.stages, layout, order, early_cache)
+            cache.photon.prefix = decoded.prefix
+            output.past_key_values = cache
         return output
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(self.model.language_model.norm(hidden))
+
+    def _chance(self, layout: Layout, seeds: Tensor | None, noise: float) -> Chance | None:
+        """Seeds by packed rows."""
+        drawn = seeds is not None
+        settings = self.model.scheduling
+        if settings is not None and settings.selection == "random":
+            drawn = True
+        if not drawn and not noise:
+            return None
+        if seeds is None:
+            seeds = torch.randint(1 << 31, (layout.rows,))
+        return Chance(seeds[layout.row_order], drawn, noise)
 
     @staticmethod
     def _input_order(layout: Layout) -> list[int]:
@@ -377,33 +450,14 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
             order[row] = place
         return order
 
-    def _add_retention(self, output: PhotonOutput, packed: Packed, layout: Layout) -> None:
+    def _add_retention(self, output: PhotonOutput, decoded: Decoded, layout: Layout) -> None:
         """Keep rates and masks, rows in the order of the input."""
-        if packed.retention is not None:
+        if decoded.retentions:
             order = self._input_order(layout)
-            output.keep_rate = packed.retention.keep_rate()[order]
-            output.mean_probability = packed.retention.mean_probability()[order]
-            output.kept = packed.retention.kept[order]
-
-    def _fill(self, cache: Cache | None, packed: Packed, layout: Layout) -> Cache:
-        """Write the keys and values of every layer into ``cache``, one padded row per row of the input.
-
-        Below the scheduling layer a row keeps its whole sequence (what answers saw in training), above it only
-        what stayed.
-        """
-        cache = DynamicCache() if cache is None else cache
-        order = self._input_order(layout)
-        below = layout.row_tokens[order]
-        above = below
-        if packed.sequences is not None:
-            above = _length_table(packed.sequences.lengths, below.device)[order]
-        masks = []
-        for layer, (key, value) in sorted(packed.keys_values.items()):
-            table = below if layer < packed.split else above
-            cache.update(_pad_keys(key, table), _pad_keys(value, table), layer)
-            masks.append(table >= 0)
-        cache.photon = DecodeState(masks, layout.next_position[order])
-        return cache
+            first, last = decoded.retentions[0], decoded.retentions[-1]
+            output.kept = last.kept[order]
+            output.keep_rate = last.kept.sum(1)[order] / first.valid.sum(1).clamp(min=1)[order]
+            output.mean_probability = torch.stack([r.mean_probability() for r in decoded.retentions], 1)[order]
 
     def _decode(self, input_ids: Tensor, cache: Cache) -> PhotonOutput:
         """One more token per row, ``(R, 1)``, on a cache that :meth:`_fill` began."""
@@ -427,7 +481,8 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
             return {"input_ids": input_ids[:, -1:], "past_key_values": past_key_values, "use_cache": True}
         names = (
-            "attention_mask", "pixel_values_videos", "video_grid_thw", "group_index", "reduction", "random_seeds",
+            "attention_mask", "pixel_values_videos", "video_grid_thw", "group_index", "token_index", "reduction",
+            "random_seeds", "threshold_noise", "early_cache", "prefix",
         )  # fmt: skip
         given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         return {"input_ids": input_ids, "past_key_values": past_key_values, "use_cache": True, **given}

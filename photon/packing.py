@@ -26,6 +26,7 @@ class SpecialTokens:
     video: int
     vision_end: int
     turn_end: int
+    user_turn: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,22 @@ class Geometry:
 
     merge: int
     temporal_step: float
+
+
+@dataclass(frozen=True)
+class VolumeGrid:
+    """A volume's grid (depth, height, width) in patches, and which of its tokens are there.
+
+    ``present``: their raster numbers, ascending; None for all.
+    """
+
+    grid: tuple[int, int, int]
+    present: Tensor | None = None
+
+    def tokens(self, merge: int) -> int:
+        """How many of its tokens are there."""
+        t, h, w = self.grid
+        return t * h * w // merge**2 if self.present is None else len(self.present)
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,8 @@ class Layout:
     """(R, L) packed index of each row's own sequence, prefix first, -1 behind its end. Rows in packed order."""
     row_visual: Tensor
     """(R, L) which visual token of its group stands there, -1 for text."""
+    visual_at: Tensor
+    """(R, N) packed index of each row's visual tokens, -1 behind their end."""
     instruction: Tensor
     """(R, Q) packed index of the instruction tokens, -1 behind their end."""
     predicts: Tensor
@@ -82,6 +101,22 @@ class Layout:
         return len(self.row_order)
 
 
+def volume_grids(grids: list[list[int]], token_index: Tensor | None, merge: int) -> list[VolumeGrid]:
+    """Grids with their share of ``token_index``, whose numbers count through the whole grids of all volumes."""
+    shapes = [(t, h, w) for t, h, w in grids]
+    if token_index is None:
+        return [VolumeGrid(shape) for shape in shapes]
+    counts = [t * h * w // merge**2 for t, h, w in shapes]
+    index = token_index.cpu()
+    if len(index) and (bool((index.diff() <= 0).any()) or int(index[0]) < 0 or int(index[-1]) >= sum(counts)):
+        raise ValueError(f"token_index: must ascend within 0..{sum(counts) - 1}, the tokens of {len(shapes)} volumes")
+    found, start = [], 0
+    for shape, count in zip(shapes, counts, strict=True):
+        found.append(VolumeGrid(shape, index[(index >= start) & (index < start + count)] - start))
+        start += count
+    return found
+
+
 def visual_runs(ids: list[int], token: int) -> list[tuple[int, int]]:
     """``(start, end)`` of every run of ``token`` in ``ids``."""
     runs, start = [], None
@@ -95,30 +130,34 @@ def visual_runs(ids: list[int], token: int) -> list[tuple[int, int]]:
 
 
 def rope_positions(
-    ids: list[int], grids: list[tuple[int, int, int]], tokens: SpecialTokens, geometry: Geometry
+    ids: list[int],
+    volumes: "list[VolumeGrid]",
+    tokens: SpecialTokens,
+    geometry: Geometry,
 ) -> Tensor:
     """Rotary positions of one unpadded row, as Qwen2.5-VL numbers them: ``(3, len(ids))``.
 
     Text counts up on all three axes; a volume's tokens take (slab * temporal_step, row, column) from where the
-    text stopped, and the text behind continues after the largest in-plane index.
+    text stopped, and the text behind continues after the largest in-plane index. Tokens that were left out as
+    background change no other token's position.
     """
     parts: list[Tensor] = []
     at, position = 0, 0
     runs = visual_runs(ids, tokens.video)
-    if len(runs) != len(grids):
-        raise ValueError(f"input_ids: {len(runs)} runs of <|video_pad|> for {len(grids)} volumes")
-    for (start, end), (t, h, w) in zip(runs, grids, strict=True):
-        h, w = h // geometry.merge, w // geometry.merge
-        if end - start != t * h * w:
+    if len(runs) != len(volumes):
+        raise ValueError(f"input_ids: {len(runs)} runs of <|video_pad|> for {len(volumes)} volumes")
+    for (start, end), volume in zip(runs, volumes, strict=True):
+        t, h, w = volume.grid[0], volume.grid[1] // geometry.merge, volume.grid[2] // geometry.merge
+        if end - start != volume.tokens(geometry.merge):
             raise ValueError(
-                f"input_ids: {end - start} <|video_pad|> tokens for a volume of {t * h * w}; "
+                f"input_ids: {end - start} <|video_pad|> tokens for a volume of {volume.tokens(geometry.merge)}; "
                 "the text was truncated inside the volume, or the volume has another size"
             )
         parts.append(torch.arange(start - at).expand(3, -1) + position)
         position += start - at
         time = (torch.arange(t) * geometry.temporal_step).long()
-        axes = torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")
-        parts.append(torch.stack(axes).flatten(1) + position)
+        axes = torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")).flatten(1)
+        parts.append((axes if volume.present is None else axes[:, volume.present]) + position)
         position += max(h, w)
         at = end
     parts.append(torch.arange(len(ids) - at).expand(3, -1) + position)
@@ -130,9 +169,20 @@ def _prefix_length(ids: list[int], tokens: SpecialTokens) -> int:
     return max((i + 1 for i, x in enumerate(ids) if x == tokens.vision_end), default=0)
 
 
-def _instruction(suffix: list[int], tokens: SpecialTokens) -> range:
-    """The question: what stands between the volume and the next end of a turn, never the answer."""
-    return range(suffix.index(tokens.turn_end) if tokens.turn_end in suffix else len(suffix))
+def _instruction(suffix: list[int], tokens: SpecialTokens) -> list[int]:
+    """The questions: what stands between the volume and the next end of a turn, and in later turns of the user.
+
+    Never an answer, and nothing of the system's prompt.
+    """
+    ends = [i for i, x in enumerate(suffix) if x == tokens.turn_end] or [len(suffix)]
+    found = list(range(ends[0]))
+    header = list(tokens.user_turn)
+    for last, end in zip(ends, [*ends[1:], len(suffix)], strict=True):
+        begin = last + 1
+        while begin < end and suffix[begin : begin + len(header)] != header:
+            begin += 1
+        found += range(begin + len(header) + 1, end) if header else []  # a line break stands behind the header
+    return found
 
 
 def _padded(rows: list[list[int]]) -> Tensor:
@@ -146,16 +196,14 @@ class _Group:
     """Rows that share their volumes, and the ids of what they share."""
 
     rows: list[int]
-    grids: list[tuple[int, int, int]]
+    volumes: list[VolumeGrid]
     prefix: list[int]
 
 
-def _groups(
-    ids: list[list[int]], group_index: list[int], grids: list[list[int]], tokens: SpecialTokens
-) -> list[_Group]:
+def _groups(ids: list[list[int]], owners: list[int], volumes: list[VolumeGrid], tokens: SpecialTokens) -> list[_Group]:
     """Rows by group, each with its volumes' grids; volumes are listed in the order of the groups."""
     members: dict[int, list[int]] = {}
-    for row, group in enumerate(group_index):
+    for row, group in enumerate(owners):
         members.setdefault(group, []).append(row)
     groups, used = [], 0
     for group in sorted(members):
@@ -165,10 +213,10 @@ def _groups(
             if ids[row][: len(prefix)] != prefix or _prefix_length(ids[row], tokens) != len(prefix):
                 raise ValueError(f"group_index: rows {rows[0]} and {row} share a volume but not the text before it")
         count = len(visual_runs(prefix, tokens.video))
-        groups.append(_Group(rows, [(g[0], g[1], g[2]) for g in grids[used : used + count]], prefix))
+        groups.append(_Group(rows, volumes[used : used + count], prefix))
         used += count
-    if used != len(grids):
-        raise ValueError(f"video_grid_thw: {len(grids)} volumes given, the rows show {used}")
+    if used != len(volumes):
+        raise ValueError(f"video_grid_thw: {len(volumes)} volumes given, the rows show {used}")
     return groups
 
 
@@ -187,6 +235,7 @@ class _Tables:
     row_order: list[int] = field(default_factory=list)
     row_tokens: list[list[int]] = field(default_factory=list)
     row_visual: list[list[int]] = field(default_factory=list)
+    visual_at: list[list[int]] = field(default_factory=list)
     instruction: list[list[int]] = field(default_factory=list)
     labels: list[tuple[int, int, int]] = field(default_factory=list)
     last: list[int] = field(default_factory=list)
@@ -194,7 +243,7 @@ class _Tables:
 
     def add_prefix(self, group: _Group, source: Tensor) -> None:
         """The volumes of a group and the text before and between them."""
-        positions = rope_positions(group.prefix, group.grids, self.tokens, self.geometry)
+        positions = rope_positions(group.prefix, group.volumes, self.tokens, self.geometry)
         self.source.append(source)
         self.positions.append(positions)
         self.prefix_at.append(self.at)
@@ -214,6 +263,7 @@ class _Tables:
         shared = range(self.prefix_at[g], self.prefix_at[g] + len(prefix))
         self.row_tokens.append([*shared, *range(begin, begin + n)])
         self.row_visual.append([ordinal.get(p, -1) for p in shared] + [-1] * n)
+        self.visual_at.append(self.visual[g])
         self.instruction.append([begin + i for i in _instruction(suffix, self.tokens)] if prefix else [])
         self.labels += [
             (begin + i, labels[i + 1], len(self.row_order)) for i in range(n - 1) if labels[i + 1] != IGNORE
@@ -232,6 +282,7 @@ def pack(
     labels: Tensor | None,
     tokens: SpecialTokens,
     geometry: Geometry,
+    token_index: Tensor | None = None,
 ) -> Layout:
     """Lay a padded batch end to end, each group's prefix once.
 
@@ -240,6 +291,7 @@ def pack(
         grids: (depth, height, width) in patches of each volume, group by group.
         group_index: ``(R)`` group of each row; each row is its own group if None.
         labels: ``(R, L)`` with -100 where nothing is predicted; only suffix tokens may carry one.
+        token_index: numbers of the tokens that are there, counted through all volumes' grids; None for all.
 
     Raises:
         ValueError: visual tokens and volumes do not match, or rows of a group differ before the question.
@@ -249,7 +301,8 @@ def pack(
     columns = [m.nonzero()[:, 0] for m in mask.bool().cpu()]
     ids = [row[c].tolist() for row, c in zip(input_ids.cpu(), columns, strict=True)]
     targets = [[IGNORE] * len(c) if labels is None else labels[r].cpu()[c].tolist() for r, c in enumerate(columns)]
-    groups = _groups(ids, list(range(rows)) if group_index is None else group_index.tolist(), grids, tokens)
+    owners = list(range(rows)) if group_index is None else group_index.tolist()
+    groups = _groups(ids, owners, volume_grids(grids, token_index, geometry.merge), tokens)
 
     tables = _Tables(tokens, geometry)
     for group in groups:
@@ -284,6 +337,7 @@ def _finish(tables: _Tables, groups: list[_Group], ids: list[list[int]]) -> Layo
         visual=index(i for v in tables.visual for i in v),
         row_tokens=_padded(tables.row_tokens),
         row_visual=_padded(tables.row_visual),
+        visual_at=_padded(tables.visual_at),
         instruction=_padded(tables.instruction),
         predicts=index(predicts),
         targets=index(targets),

@@ -4,6 +4,7 @@ Legend: C channels, d h w voxels of a patch, V width of the vision tower, N patc
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,22 @@ from torch import Tensor, nn
 
 from photon.geometry import PatchGeometry, Size3
 
-# Deviation of the pixels that Qwen2.5-VL was trained on, by channel.
-QWEN_STD = (0.26862954, 0.26130258, 0.27577711)
+
+class Scale(NamedTuple):
+    """A volume's voxels are ``(x - mean) / std`` of x in [0, 1]."""
+
+    mean: float
+    std: float
+
+
+PixelScale = Sequence[Scale]
+"""The same for each channel of a backbone's pixels."""
+
+PIXELS: dict[str, PixelScale] = {
+    "qwen2_5_vl_vision": (Scale(0.48145466, 0.26862954), Scale(0.4578275, 0.26130258), Scale(0.40821073, 0.27577711)),
+    "qwen3_vl_vision": (Scale(0.5, 0.5),) * 3,
+}
+"""What the backbones were trained on, by the ``model_type`` of their vision configuration."""
 
 
 class PatchEmbedding(nn.Module):
@@ -23,9 +38,9 @@ class PatchEmbedding(nn.Module):
     in bfloat16, free of Conv3d's defects.
     """
 
-    def __init__(self, patch_voxels: int, width: int) -> None:
+    def __init__(self, patch_voxels: int, width: int, bias: bool = False) -> None:
         super().__init__()
-        self.proj = nn.Linear(patch_voxels, width, bias=False)
+        self.proj = nn.Linear(patch_voxels, width, bias=bias)
 
     def forward(self, patches: Tensor) -> Tensor:
         return self.proj(patches.to(self.proj.weight.dtype))
@@ -62,23 +77,21 @@ def patchify(volume: Tensor, geometry: PatchGeometry) -> tuple[Tensor, Size3]:
     return patches.expand(-1, geometry.channels, -1).flatten(1), grid
 
 
-def inflate(kernel: Tensor, size: Size3, std: float, image_std: Sequence[float] = QWEN_STD) -> Tensor:
+def inflate(kernel: Tensor, size: Size3, scale: Scale, pixels: PixelScale) -> Tensor:
     """A backbone's patch kernel as one for grey volumes, equal on volumes that do not change within a frame.
 
     Each of the kernel's frames is spread evenly over its share of the depth, the channels are summed, and the
-    difference between the backbone's pixel scale and the volume's is folded in. (The offset that the two means
-    leave is a constant per output channel; it is dropped because the embedding has no bias.)
+    difference between the backbone's pixel scale and the volume's is folded in. The constant that the two means
+    leave is :func:`inflated_offset`; an embedding without a bias (Qwen2.5-VL) has no place for it.
 
     Args:
         kernel: ``(V, C, frames, h, w)``. size: (d, h, w) of the new patch.
-        std: the volume's voxels are ``(x - mean) / std`` of x in [0, 1].
-        image_std: the same deviation for each channel of the backbone's pixels.
 
     Returns:
         ``(V, d h w)``.
     """
     frames = kernel.shape[2]
-    grey = torch.einsum("vcfhw,c->vfhw", kernel.float(), kernel.new_tensor([std / s for s in image_std]).float())
+    grey = torch.einsum("vcfhw,c->vfhw", kernel.float(), kernel.new_tensor([scale.std / p.std for p in pixels]).float())
     owner = torch.arange(size[0]) * frames // size[0]
     spread = F.one_hot(owner, frames).float().T  # (frames, d)
     grey = torch.einsum("vfhw,fd->vdhw", grey, spread / spread.sum(1, keepdim=True).clamp(min=1))
@@ -86,3 +99,9 @@ def inflate(kernel: Tensor, size: Size3, std: float, image_std: Sequence[float] 
         area = grey.shape[-2] * grey.shape[-1] / (size[1] * size[2])
         grey = F.interpolate(grey, size=size[1:], mode="bilinear", align_corners=False) * area
     return grey.flatten(1).to(kernel.dtype)
+
+
+def inflated_offset(kernel: Tensor, scale: Scale, pixels: PixelScale) -> Tensor:
+    """What a volume of zeros (its mean) is to the backbone's kernel: ``(V, C, frames, h, w) -> (V)``."""
+    offsets = kernel.new_tensor([(scale.mean - p.mean) / p.std for p in pixels]).float()
+    return torch.einsum("vcfhw,c->v", kernel.float(), offsets).to(kernel.dtype)

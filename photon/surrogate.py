@@ -34,9 +34,9 @@ class SurrogateSettings:
     centre: bool = False
 
 
-def _mean(x: Tensor, over: Tensor) -> Tensor:
+def masked_mean(x: Tensor, over: Tensor) -> Tensor:
     """Mean of ``x`` (R, N) over the True of ``over``: ``(R, 1)``; 0 where there is none."""
-    return (x * over).sum(1, keepdim=True) / over.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(over, x, 0).sum(1, keepdim=True) / over.sum(1, keepdim=True).clamp(min=1)
 
 
 def surrogate_gradient(
@@ -60,13 +60,13 @@ def surrogate_gradient(
     over = kept if settings.statistics == "kept" else valid
     if settings.importance == "removal":
         eta = -eta
-    mean = _mean(eta, over)
-    std = _mean((eta - mean) ** 2, over).sqrt()
+    mean = masked_mean(eta, over)
+    std = masked_mean((eta - mean) ** 2, over).sqrt()
     z = ((eta - mean) / std.clamp(min=settings.eps_std)).clamp(-settings.clip, settings.clip)  # Eq. 13
     direction = 0.5 - (0.5 + 0.5 * z.tanh())  # Eq. 14
     if settings.centre:
-        direction = direction - _mean(direction, valid)
-    scale = (magnitude / (_mean(magnitude, over) + 1e-12)).clamp(settings.s_min, settings.s_max)  # Eq. 16
+        direction = direction - masked_mean(direction, valid)
+    scale = (magnitude / (masked_mean(magnitude, over) + 1e-12)).clamp(settings.s_min, settings.s_max)  # Eq. 16
     slope = (probability * (1 - probability)).clamp(min=settings.eps_sat)
     return settings.beta * direction * scale * slope * valid  # Eq. 17
 

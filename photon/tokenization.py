@@ -1,6 +1,7 @@
 """A small tokenizer of Qwen's kind, for models that are trained from nothing."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
@@ -36,6 +37,13 @@ def special_token_fields(ids: Mapping[str, int]) -> dict[str, int]:
         "vision_end_token_id": ids["<|vision_end|>"],
         "turn_end_token_id": ids["<|im_end|>"],
     }
+
+
+def token_fields(tokenizer: Any) -> dict[str, Any]:
+    """Fields of ``PhotonConfig`` that depend on the tokenizer."""
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    user = tokenizer("<|im_start|>user", add_special_tokens=False)["input_ids"]
+    return {**special_token_fields(ids), "user_turn_token_ids": user}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:

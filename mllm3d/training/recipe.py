@@ -17,6 +17,8 @@ from mllm3d.config import Config, Settings
 from mllm3d.data.dataset import GroupItem
 
 Batch = Mapping[str, Any]
+Metrics = dict[str, tuple[Tensor | float, Tensor | float]]
+"""Name -> (sum, count)."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class StepOutput:
     """
 
     terms: dict[str, Term]
-    metrics: dict[str, tuple[Tensor | float, Tensor | float]] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
 
 
 class ParameterGroup(TypedDict):

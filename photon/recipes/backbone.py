@@ -22,7 +22,7 @@ from photon.geometry import Size3
 from photon.heads import AuxiliaryHeads, class_shares, dense_loss, findings_loss
 from photon.modeling_photon import PhotonForConditionalGeneration
 from photon.recipes.base import PatchSize, PhotonRecipe, checkpoint_folder, on_meta, token_metrics
-from photon.tokenization import SPECIAL_TOKENS, special_token_fields, train_tokenizer
+from photon.tokenization import SPECIAL_TOKENS, special_token_fields, token_fields, train_tokenizer
 
 Ids = Annotated[tuple[int, ...], Strict(False)]
 Names = Annotated[tuple[str, ...], Strict(False)]
@@ -82,7 +82,7 @@ class BackboneModel(nn.Module):
             )
             tokens = output.visual_embeds
         else:
-            output, tokens = None, self.photon.model.visual.encode(pixels, torch.tensor(grids))
+            output, tokens = None, self.photon.model.visual.encode(pixels, torch.tensor(grids))[0]
         return output, self.heads(tokens.unflatten(0, (volumes, -1)))
 
 
@@ -103,8 +103,9 @@ class Backbone(PhotonRecipe):
     def _shape(self, tokenizer: Any | None) -> PhotonConfig:
         s = self.settings
         ids = dict(zip(SPECIAL_TOKENS, range(len(SPECIAL_TOKENS)), strict=True))
-        vocabulary = s.vocabulary
+        vocabulary, special = s.vocabulary, special_token_fields(ids)
         if tokenizer is not None:
+            special = token_fields(tokenizer)
             ids = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS}
             vocabulary = len(tokenizer)
         half = s.text.hidden_size // s.text.heads // 2
@@ -146,7 +147,7 @@ class Backbone(PhotonRecipe):
             slices_per_frame=s.slices_per_frame,
             temporal_step=s.temporal_step,
             tie_word_embeddings=True,
-            **special_token_fields(ids),
+            **special,
         )
 
     def initial_config(self) -> PhotonConfig:

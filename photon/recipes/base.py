@@ -16,13 +16,14 @@ from mllm3d.data.dataset import GroupItem
 from mllm3d.data.prompts import question_text, target_text
 from mllm3d.errors import UserError
 from mllm3d.inference.checkpoint import open_checkpoint
-from mllm3d.training.recipe import Batch, Description, ParameterGroup, Recipe
-from photon.building import planned_config, read_config, read_model, read_tokenizer
+from mllm3d.training.recipe import Batch, Description, Metrics, ParameterGroup, Recipe
+from photon.building import PatchInit, planned_config, read_config, read_model, read_tokenizer, with_patches
 from photon.configuration_photon import PhotonConfig
 from photon.flops import forward_flops
 from photon.geometry import Size3
 from photon.modeling_photon import PhotonForConditionalGeneration
-from photon.packing import pack
+from photon.packing import pack, volume_grids
+from photon.patch_embedding import Scale
 from photon.processing_photon import PhotonProcessor, VolumeChats
 
 PLANNED_TEXT, PLANNED_ANSWER = 48, 8
@@ -120,14 +121,22 @@ class PhotonRecipe(Recipe):
         ]
         batch: dict[str, Any] = self.processor.batch(groups)
         config = self.layout_config
-        grids = batch.pop("video_grid_thw").tolist()
+        grids = batch.pop("video_grid_thw").tolist() if "video_grid_thw" in batch else []
         batch["layout"] = pack(
             batch["input_ids"], batch.pop("attention_mask"), grids, batch.pop("group_index"), batch.pop("labels"),
-            config.special_tokens, config.geometry,
+            config.special_tokens, config.geometry, batch.get("token_index"),
         )  # fmt: skip
+        merge = config.patches.merge
+        shown = volume_grids(grids, batch.get("token_index"), merge)
+        counts = [v.tokens(merge) * merge**2 for v in shown]
+        if not grids:
+            # Under ZeRO-3 every rank must run the vision tower: an empty token, which the model multiplies by 0.
+            grids = [[1, merge, merge]]
+            batch["pixel_values_videos"] = torch.zeros(merge**2, config.patches.voxels)
         return {
             **batch,
             "grids": grids,
+            "patch_counts": counts,
             "volumes": len(items),
             "ids": [r.id for item in items for r in item.rows],
         }
@@ -178,6 +187,16 @@ class PhotonRecipe(Recipe):
         except (OSError, ValueError) as error:
             raise UserError(f"model.checkpoint: {source}: {' '.join(str(error).split())}") from error
 
+    def renewed(
+        self, model: PhotonForConditionalGeneration, size: Size3, init: PatchInit, temporal_step: float | None
+    ) -> PhotonForConditionalGeneration:
+        """The model with a 3D patch embedding for the run's volumes."""
+        scale = Scale(self.config.volume.mean, self.config.volume.std)
+        patches = model.config.patches
+        # A slice-video backbone of our own saw the same grey scale that the volume has.
+        pixels = [scale] * patches.channels if patches.slices_per_frame > 1 else None
+        return with_patches(model, size, 1, init, scale, pixels, temporal_step)
+
     def _plan(self, source: str) -> PhotonConfig:
         """Configuration of a checkpoint for planning; a published backbone need not be at hand."""
         planned = planned_config(source)
@@ -194,8 +213,6 @@ def on_meta(config: PhotonConfig) -> PhotonForConditionalGeneration:
         return PhotonForConditionalGeneration(config)
 
 
-def token_metrics(
-    token_losses: Tensor, logits: Tensor, targets: Tensor
-) -> dict[str, tuple[Tensor | float, Tensor | float]]:
+def token_metrics(token_losses: Tensor, logits: Tensor, targets: Tensor) -> Metrics:
     """Share of label tokens whose most likely prediction is right."""
     return {"token_accuracy": ((logits.argmax(-1) == targets).sum(), float(len(targets)))}

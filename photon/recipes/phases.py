@@ -1,7 +1,7 @@
 """`photon.phase1` and `photon.phase2`: the paper's two training phases (A.1.1)."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -9,15 +9,16 @@ from torch import nn
 
 from mllm3d.config import Settings
 from mllm3d.errors import UserError
-from mllm3d.training.recipe import Batch, StepOutput, Term
-from photon.building import PatchInit, patched_config, read_config, with_patches, with_scheduling
+from mllm3d.training.recipe import Batch, Metrics, StepOutput, Term
+from photon.building import PatchInit, patched_config, planned_config, with_scheduling
 from photon.configuration_photon import PhotonConfig
 from photon.geometry import Size3
 from photon.losses import band_loss
-from photon.modeling_photon import LossWeights, PhotonForConditionalGeneration, Reduction
-from photon.recipes.base import PatchSize, PhotonRecipe, checkpoint_folder, from_step, on_meta, token_metrics
-from photon.scheduling import SchedulingSettings
-from photon.surrogate import SurrogateSettings
+from photon.modeling_photon import Reduction
+from photon.packing import Layout
+from photon.recipes.base import PatchSize, PhotonRecipe, from_step, on_meta, token_metrics
+from photon.recipes.objective import Objective, ObjectiveSettings, TokenScheduling
+from photon.stream import LossWeights
 
 
 class Phase1Settings(Settings):
@@ -41,12 +42,6 @@ class Phase1(PhotonRecipe):
     def settings(self) -> Phase1Settings:
         return self.config.model  # type: ignore[return-value]
 
-    def _renewed(self, model: PhotonForConditionalGeneration, grey: bool) -> PhotonForConditionalGeneration:
-        s, std = self.settings, self.config.volume.std
-        channels = model.config.patches.channels
-        image_std = (std,) * channels if grey else None
-        return with_patches(model, s.patch_size, 1, s.patch_init, std, image_std, s.temporal_step)
-
     def initial_config(self) -> PhotonConfig:
         s = self.settings
         return patched_config(self._plan(s.checkpoint), s.patch_size, 1, s.temporal_step)
@@ -55,11 +50,9 @@ class Phase1(PhotonRecipe):
         if meta:
             model = on_meta(self.initial_config())
         else:
-            source, tokenizer = self._load(self.settings.checkpoint)
-            # A slice-video backbone of our own saw the same grey scale that the volume has.
-            model = self._renewed(
-                source, grey=read_config(checkpoint_folder(self.settings.checkpoint)).slices_per_frame > 1
-            )
+            s = self.settings
+            source, tokenizer = self._load(s.checkpoint)
+            model = self.renewed(source, s.patch_size, s.patch_init, s.temporal_step)
             self.adopt(model, tokenizer)
         model.requires_grad_(False)
         model.model.visual.patch_embed.requires_grad_(True)
@@ -81,59 +74,23 @@ class Phase1(PhotonRecipe):
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
     """What the model's forward takes of a batch."""
-    inputs = {name: batch[name] for name in ("input_ids", "pixel_values_videos", "layout") if name in batch}
+    names = ("input_ids", "pixel_values_videos", "token_index", "layout")
+    inputs = {name: batch[name] for name in names if name in batch}
     return {**inputs, "video_grid_thw": torch.tensor(batch["grids"])}
 
 
-class BandSettings(Settings):
-    """Soft retention band (Photon Eq. 18)."""
-
-    low: float = Field(default=0.3, ge=0, le=1, description="r_min.")
-    high: float = Field(default=0.8, ge=0, le=1, description="r_max.")
-    weight: float = Field(default=1.0, ge=0, description="Weight of the band's loss.")
-
-
-class TokenScheduling(Settings):
-    """Token scheduling (Photon Sec. 3.2) and when it begins."""
-
-    layer: int | None = Field(default=None, description="Decoder layers before tokens are dropped. None: a quarter.")
-    temperature: float = Field(default=0.2, gt=0, description="tau_ce of Eq. 8.")
-    threshold_scale: float = Field(default=0.9, gt=0, le=1, description="The predicted threshold is multiplied by it.")
-    predictor_width: int | None = Field(default=None, description="Hidden units of the predictor. None: width / 8.")
-    predictor_bias: float = Field(default=-5.0, description="Start of the predictor's last bias.")
-    detach: bool = Field(default=True, description="No gradient through saliency.")
-    keep_ratio: float | None = Field(default=None, gt=0, le=1, description="Fixed share to keep; no predictor.")
-    soft_from: float = Field(default=4000, ge=0, description="Start of soft masking: steps, or a share below 1.")
-    hard_from: float = Field(default=8000, ge=0, description="Start of dropping: steps, or a share below 1.")
-    beta: float = Field(default=0.8, description="Eq. 17.")
-    eps_std: float = Field(default=3e-3, gt=0, description="Eq. 13.")
-    clip: float = Field(default=1.5, gt=0, description="c of Eq. 13.")
-    s_min: float = Field(default=0.5, description="Eq. 16.")
-    s_max: float = Field(default=2.0, description="Eq. 16.")
-    eps_sat: float = Field(default=5e-3, description="Eq. 17.")
-    importance: Literal["paper", "removal"] = Field(default="paper", description="Sign of eta (Eq. 12, A.1.4).")
-    statistics: Literal["kept", "all"] = Field(default="kept", description="Tokens of the means in Eq. 13 and 16.")
-    centre: bool = Field(default=False, description="Subtract the row mean of the direction (published code).")
-
-    def settings(self) -> SchedulingSettings:
-        """The model's part of these settings."""
-        values = self.model_dump()
-        surrogate = {name: values.pop(name) for name in SurrogateSettings.__dataclass_fields__}
-        for name in ("soft_from", "hard_from"):
-            values.pop(name)
-        return SchedulingSettings(surrogate=SurrogateSettings(**surrogate), **values)
-
-
-class Phase2Settings(Settings):
+class Phase2Settings(ObjectiveSettings):
     """Phase 2 (Photon A.1.1): all parameters learn, and tokens are dropped."""
 
-    checkpoint: str = Field(description="Folder of phase 1's run, or of a Photon checkpoint.")
+    checkpoint: str = Field(description="Phase 1's run, a Photon checkpoint, or (Photon Max) a backbone.")
     backbone: str | None = Field(default=None, description="What --dry-run plans with until the checkpoint is there.")
-    patch_size: PatchSize = Field(default=(14, 14, 14), description="Voxels of a patch in that plan.")
+    patch_size: PatchSize = Field(default=(14, 14, 14), description="Voxels of a patch in that plan, or renewed.")
+    patch_init: PatchInit | None = Field(
+        default=None, description="Without phase 1: renew the patch embedding (inflate, fresh). None keeps it."
+    )
     vision_lr: float | None = Field(default=None, gt=0, description="Rate of the vision tower. None: the common one.")
-    predictor_lr: float | None = Field(default=None, gt=0, description="Rate of the threshold predictor.")
+    predictor_lr: float | None = Field(default=None, gt=0, description="Rate of the threshold predictors.")
     scheduling: TokenScheduling = Field(default=TokenScheduling(), description="Token scheduling.")
-    band: BandSettings = Field(default=BandSettings(), description="Soft retention band.")
 
 
 class Phase2(PhotonRecipe):
@@ -152,6 +109,8 @@ class Phase2(PhotonRecipe):
         if s.backbone is None or any((Path(s.checkpoint) / sign).is_file() for sign in signs):
             self._must_exist()
             config = self._plan(s.checkpoint)
+            if s.patch_init is not None:
+                config = patched_config(config, s.patch_size, 1, config.temporal_step)
         else:
             config = patched_config(self._plan(s.backbone), s.patch_size, 1)
         config.scheduling = s.scheduling.settings().to_dict()
@@ -161,16 +120,20 @@ class Phase2(PhotonRecipe):
         if meta:
             return on_meta(self.initial_config())
         self._must_exist()
-        source, tokenizer = self._load(self.settings.checkpoint)
-        model = with_scheduling(source, self.settings.scheduling.settings())
+        s = self.settings
+        source, tokenizer = self._load(s.checkpoint)
+        if s.patch_init is not None:
+            source = self.renewed(source, s.patch_size, s.patch_init, source.config.temporal_step)
+        model = with_scheduling(source, s.scheduling.settings())
         self.adopt(model, tokenizer)
         return model
 
     def _must_exist(self) -> None:
-        if not Path(self.settings.checkpoint).exists():
+        source = self.settings.checkpoint
+        if not Path(source).exists() and planned_config(source) is None:
             raise UserError(
-                f"model.checkpoint: {self.settings.checkpoint}: no such folder; train photon.phase1 first, "
-                "or name a Photon checkpoint"
+                f"model.checkpoint: {source}: no such folder; train photon.phase1 first, "
+                "or name a Photon checkpoint or a published backbone"
             )
 
     def learning_rate(self, name: str) -> float:
@@ -192,16 +155,40 @@ class Phase2(PhotonRecipe):
     def losses(
         self, model: nn.Module, batch: Batch, step: int, total_steps: int, weights: dict[str, float]
     ) -> StepOutput:
-        band = self.settings.band
+        s, layout, inputs = self.settings, batch["layout"], model_inputs(batch)
         reduction = self.reduction(step, total_steps)
-        scale = LossWeights(token=weights["label_tokens"], row=weights["questions"])
-        output = model(**model_inputs(batch), reduction=reduction, weights=scale)
-        terms = {"ce": Term(output.token_losses.sum(), "label_tokens")}
-        metrics = token_metrics(output.token_losses, output.logits, batch["layout"].targets)
-        if output.mean_probability is not None and self.settings.scheduling.keep_ratio is None:
-            outside = band_loss(output.mean_probability, band.low, band.high)
-            terms["band"] = Term(band.weight * outside.sum(), "questions")
-            metrics["band_triggered"] = ((outside > 0).sum(), float(len(outside)))
-        rate = 1.0 if reduction != "hard" else output.keep_rate.sum()
-        metrics["keep_rate"] = (rate, 1.0 if reduction != "hard" else float(len(output.keep_rate)))
-        return StepOutput(terms, metrics)
+        objective = Objective(
+            s,
+            predicts=s.scheduling.settings().predicts,
+            perturbing=step >= from_step(s.robustness.start, total_steps),
+            flipping=reduction == "hard" and step >= from_step(s.flip.start, total_steps),
+        )
+        patches = inputs["pixel_values_videos"]
+        inputs["pixel_values_videos"] = objective.volumes(patches, batch["patch_counts"], self.processor.channels)
+        output = model(
+            **inputs,
+            reduction=reduction,
+            flip=objective.flip,
+            learn_scheduling=objective.learns_scheduling,
+            weights=LossWeights(token=weights["label_tokens"], row=weights["questions"]),
+        )
+        return StepOutput(objective.terms(output, layout), self._metrics(output, layout, objective, reduction))
+
+    def _metrics(self, output: Any, layout: Layout, objective: Objective, reduction: Reduction) -> Metrics:
+        """Figures 5 and 6 of the paper come from these. Of a spoilt or flipped batch only that it was one counts."""
+        perturbed, flipped = objective.kind.perturbation is not None, objective.kind.flip
+        metrics: Metrics = {"perturbed": (float(perturbed), 1.0), "flipped": (float(flipped), 1.0)}
+        if perturbed or objective.flip == "replace":
+            return metrics
+        metrics |= token_metrics(output.token_losses, output.logits, layout.targets)
+        if output.mean_probability is None:
+            return metrics | {"keep_rate": (1.0, 1.0)}
+        rows = float(layout.rows)
+        if objective.banded:
+            band = self.settings.band
+            outside = band_loss(output.mean_probability.detach(), band.low, band.high)
+            metrics["band_triggered"] = ((outside > 0).any(1).sum(), rows)
+        hard = reduction == "hard"
+        kept = output.kept if hard else layout.visual_at >= 0
+        metrics["keep_rate"] = (output.keep_rate.sum() if hard else rows, rows)
+        return metrics | {"kept_tokens": (kept.sum(), rows)}

@@ -11,11 +11,13 @@ import yaml
 from mllm3d.config import VolumeConfig
 from photon import PhotonConfig, PhotonForConditionalGeneration, PhotonProcessor
 from photon.building import with_patches, with_scheduling
+from photon.patch_embedding import Scale
 from photon.scheduling import SchedulingSettings
-from photon.tokenization import SPECIAL_TOKENS, special_token_fields, train_tokenizer
+from photon.tokenization import SPECIAL_TOKENS, token_fields, train_tokenizer
 
 SHAPE = (16, 32, 32)
 VOLUME = VolumeConfig(window_hu=(-200.0, 300.0), shape=SHAPE, mean=0.5, std=0.5)
+SCALE = Scale(VOLUME.mean, VOLUME.std)
 PATCH = (4, 8, 8)
 """4 x 4 x 4 = 64 tokens for a volume of SHAPE."""
 
@@ -32,7 +34,7 @@ def save_photon(folder: Path, backbone: Path) -> Path:
     """The backbone as phase 2 would leave it, but untrained: 3D patches, a threshold predictor, preprocessing."""
     torch.manual_seed(1)
     source = PhotonForConditionalGeneration.from_pretrained(backbone)
-    model = with_patches(source, PATCH, 1, "inflate", VOLUME.std, (VOLUME.std,) * 3, 1.0)
+    model = with_patches(source, PATCH, 1, "inflate", SCALE, [SCALE] * 3, 1.0)
     model = with_scheduling(model, SchedulingSettings(predictor_bias=-1.0))
     processor = PhotonProcessor.from_pretrained(backbone)
     save(model, processor.tokenizer, folder)
@@ -80,7 +82,7 @@ def backbone_config(tokenizer: Any) -> PhotonConfig:
         slices_per_frame=2,
         temporal_step=1.0,
         tie_word_embeddings=True,
-        **special_token_fields(ids),
+        **token_fields(tokenizer),
     )
 
 
@@ -100,6 +102,7 @@ def phase2(manifest: Path, checkpoint: Path, output: Path, **training: Any) -> d
         "checkpoint": str(checkpoint),
         "scheduling": {"predictor_bias": -1.0, "soft_from": 2.0, "hard_from": 4.0},
         "band": {"low": 0.1, "high": 0.4},
+        "robustness": {"probability": 0.0},
     }
     return _config("photon.phase2", manifest, output, model, training)
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from photon.scheduling import (
+    Chance,
     SchedulingSettings,
     ThresholdPredictor,
     decide,
@@ -83,16 +84,32 @@ def test_saliency_is_the_papers(seed: int, heads: tuple[int, int], tokens: int) 
     np.testing.assert_allclose(logits[0], u, rtol=1e-4, atol=1e-5)
 
     rho = (u - u.min()) / (u.max() - u.min() + 1e-6)
-    np.testing.assert_allclose(normalise(logits)[0], rho, atol=2e-5)
-    features = threshold_features(torch.tensor(rho)[None], torch.tensor(u)[None])
+    valid = torch.arange(visual + 3) < visual  # three places behind the row's end, which must not count
+    padded = torch.nn.functional.pad(logits, (0, 3), value=99.0)
+    found = normalise(padded, valid.expand(2, -1))
+    np.testing.assert_allclose(found[0, :visual], rho, atol=2e-5)
+    assert not found[:, visual:].any()
+    features = threshold_features(*(torch.tensor(np.pad(x, (0, 3)))[None] for x in (rho, u)), valid[None])
     np.testing.assert_allclose(features[0], plain_features(rho, u), atol=1e-9)
+
+
+def test_without_self_affinity_all_instruction_tokens_weigh_alike() -> None:
+    present = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
+    query = torch.randn(3, 3, 2, 4)
+    found = instruction_weights(query, query, present, self_affinity=False)
+    assert found.tolist() == [[0.5, 0.5, 0], [1, 0, 0], [0, 0, 0]]
+
+
+def everything(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """All tokens are there, all rows have a question."""
+    return torch.ones_like(u, dtype=torch.bool), torch.ones(len(u), dtype=torch.bool)
 
 
 def test_threshold_and_mask_are_the_papers() -> None:
     torch.manual_seed(1)
     predictor = ThresholdPredictor(6, 0.9, 0.3)
     u = torch.randn(5, 13, dtype=torch.float64)
-    found = decide(u.float(), torch.ones(5, dtype=torch.bool), predictor, SchedulingSettings(temperature=0.2))
+    found = decide(u.float(), *everything(u), predictor, SchedulingSettings(temperature=0.2))
     weights = {n: p.detach().double().numpy() for n, p in predictor.named_parameters()}
     for row in range(5):
         d = u[row].numpy()
@@ -112,21 +129,58 @@ def test_threshold_and_mask_are_the_papers() -> None:
 def test_the_predictor_starts_near_keeping_everything() -> None:
     predictor = ThresholdPredictor(8, 0.9, -5.0)
     u = torch.linspace(-1, 1, 101)[None]
-    found = decide(u, torch.ones(1, dtype=torch.bool), predictor, SchedulingSettings())
+    found = decide(u, *everything(u), predictor, SchedulingSettings())
     assert found.keep_rate().item() > 0.9
 
 
 def test_one_token_is_always_kept() -> None:
     predictor = ThresholdPredictor(8, 5.0, 5.0)  # a threshold far above every saliency
-    found = decide(torch.randn(3, 20), torch.ones(3, dtype=torch.bool), predictor, SchedulingSettings())
+    u = torch.randn(3, 20)
+    found = decide(u, *everything(u), predictor, SchedulingSettings())
     assert found.kept.sum(1).tolist() == [1, 1, 1]
+    assert found.rescued.item() == 3
+
+
+def test_a_fixed_threshold_needs_no_predictor() -> None:
+    u = torch.linspace(0, 1, 11)[None]
+    found = decide(u, *everything(u), None, SchedulingSettings(threshold=0.55))
+    assert found.kept[0].tolist() == [False] * 6 + [True] * 5
+    assert found.rescued.item() == 0
+
+
+def test_noise_multiplies_each_threshold_within_its_bounds() -> None:
+    u = torch.linspace(0, 1, 11).expand(400, -1)
+    chance = Chance(torch.arange(400), random=False, threshold_noise=0.1)
+    factors = decide(u, *everything(u), None, SchedulingSettings(threshold=0.5), chance).threshold / 0.5
+    assert 0.9 <= factors.min() < 0.92 and 1.08 < factors.max() <= 1.1
+    assert factors.mean().item() == pytest.approx(1, abs=0.01)  # five times the deviation of this mean, 0.003
+    alone = Chance(torch.tensor([7]), random=False, threshold_noise=0.1)
+    again = decide(u[:1], *everything(u[:1]), None, SchedulingSettings(threshold=0.5), alone).threshold / 0.5
+    assert again.item() == factors[7].item()  # a row's noise is its own
+
+
+def test_what_an_earlier_layer_dropped_stays_dropped() -> None:
+    u = torch.tensor([[0.9, 0.1, 0.5, 0.4], [0.0, 0.0, 0.0, 0.0]])
+    valid = torch.tensor([[False, True, True, True], [False, False, False, False]])
+    found = decide(u, valid, torch.ones(2, dtype=torch.bool), None, SchedulingSettings(threshold=0.5))
+    assert found.kept.tolist() == [[False, False, True, True], [False] * 4]
+    assert found.saliency[0].tolist() == pytest.approx([0, 0, 1, 0.75], abs=1e-5)  # min-max of the three
+    flipped = found.flipped()
+    assert flipped.tolist() == [[False, True, False, False], [False] * 4]
+
+
+def test_features_of_a_row_without_tokens_have_finite_gradients() -> None:
+    u = torch.tensor([[0.0, 0.0], [0.3, 0.3]], requires_grad=True)
+    valid = torch.tensor([[False, False], [True, True]])
+    threshold_features(normalise(u, valid), u, valid).sum().backward()
+    assert u.grad is not None and u.grad.isfinite().all()
 
 
 @given(ratio=st.floats(0.01, 1.0), tokens=st.integers(1, 60))
 @settings(max_examples=50, deadline=None)
 def test_a_fixed_ratio_keeps_the_most_salient(ratio: float, tokens: int) -> None:
     u = torch.randn(2, tokens)
-    found = decide(u, torch.ones(2, dtype=torch.bool), None, SchedulingSettings(keep_ratio=ratio))
+    found = decide(u, *everything(u), None, SchedulingSettings(keep_ratio=ratio))
     count = max(1, round(ratio * tokens))
     assert found.kept.sum(1).tolist() == [count, count]
     for row in range(2):
@@ -135,7 +189,8 @@ def test_a_fixed_ratio_keeps_the_most_salient(ratio: float, tokens: int) -> None
 
 
 def test_ties_go_to_the_earlier_token() -> None:
-    assert keep_best(torch.tensor([[1.0, 1.0, 0.0, 1.0]]), torch.tensor([2])).tolist() == [[True, True, False, False]]
+    found = keep_best(torch.tensor([[1.0, 1.0, 0.0, 1.0]]), torch.tensor([2]), torch.ones(1, 4, dtype=torch.bool))
+    assert found.tolist() == [[True, True, False, False]]
 
 
 def test_retention_probability_falls_with_the_threshold() -> None:

@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from photon.building import read_config, read_model
-from photon.packing import rope_positions
+from photon.packing import rope_positions, volume_grids
 from photon.processing_photon import PhotonProcessor, VolumeChats
 from tests.photon.conftest import tiny_config, turn
 
@@ -71,7 +71,7 @@ def test_positions_equal_those_of_transformers(pair: Any) -> None:
         second_per_grid_ts=given["second_per_grid_ts"],
         attention_mask=given["attention_mask"],
     )
-    grids = [tuple(g) for g in batch["video_grid_thw"].tolist()]
+    grids = volume_grids(batch["video_grid_thw"].tolist(), None, 2)
     config = photon.config
     found = rope_positions(batch["input_ids"][0].tolist(), grids, config.special_tokens, config.geometry)
     assert torch.equal(found, expected[:, 0])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from photon import PhotonConfig, PhotonForConditionalGeneration, PhotonProcessor
-from photon.tokenization import SPECIAL_TOKENS, special_token_fields, train_tokenizer
+from photon.tokenization import SPECIAL_TOKENS, token_fields, train_tokenizer
 from tests.photon.tiny_recipes import Recipes
 
 TEXTS = ["Is there a pleural effusion?", "Which side is it on?", "How many lesions?", "yes", "no", "left", "two"]
@@ -51,7 +51,7 @@ def tiny_config(tokenizer: Any, **changes: Any) -> PhotonConfig:
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=True,
-        **special_token_fields(ids),
+        **token_fields(tokenizer),
         **changes,
     )
 

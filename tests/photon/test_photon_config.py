@@ -24,14 +24,14 @@ def planned(name: str) -> PhotonConfig:
 
 
 def test_a_config_comes_back_from_json_as_it_was(tokenizer: Any, tmp_path: Path) -> None:
-    settings = SchedulingSettings(layer=2, keep_ratio=0.4, surrogate=SurrogateSettings(importance="removal"))
+    settings = SchedulingSettings(layers=(2,), keep_ratio=0.4, surrogate=SurrogateSettings(importance="removal"))
     config = tiny_config(tokenizer, scheduling=settings.to_dict(), slices_per_frame=3, temporal_step=1.5)
     config.save_pretrained(tmp_path)
     again = PhotonConfig.from_pretrained(tmp_path)
     assert again.to_json_string() == config.to_json_string()
     assert again.scheduling_settings == settings
     assert again.patches == PatchGeometry((4, 4, 4), 1, 2, slices_per_frame=3)
-    assert (again.scheduling_layer, again.geometry.temporal_step) == (2, 1.5)
+    assert (again.scheduling_layers, again.geometry.temporal_step) == ((2,), 1.5)
     assert again.special_tokens == config.special_tokens
     assert read_config(tmp_path).to_json_string() == config.to_json_string()
 
@@ -75,13 +75,29 @@ def test_an_unknown_backbone_is_not_planned() -> None:
 def test_tokens_are_dropped_after_a_quarter_of_the_layers(tokenizer: Any, layers: int, expected: int) -> None:
     config = tiny_config(tokenizer, scheduling={})
     config.text_config.num_hidden_layers = layers
-    assert config.scheduling_layer == expected
+    assert config.scheduling_layers == (expected,)
 
 
-@pytest.mark.parametrize("layer", [0, 4, 9])
-def test_a_scheduling_layer_outside_the_decoder_is_an_error(tokenizer: Any, layer: int) -> None:
-    with pytest.raises(ValueError, match=rf"scheduling.layer: {layer} is not in 1..3"):
-        _ = tiny_config(tokenizer, scheduling={"layer": layer}).scheduling_layer
+@pytest.mark.parametrize(
+    ("names", "numbers"),
+    [(["0"], None), ([0], (0,)), (["n/2"], (18,)), (["3n/4"], (27,)), (["n/4", 20, "3n/4"], (9, 20, 27))],
+)
+def test_scheduling_layers_are_numbers_or_shares(tokenizer: Any, names: Any, numbers: Any) -> None:
+    config = tiny_config(tokenizer, scheduling={"layers": names})
+    config.text_config.num_hidden_layers = 36
+    if numbers is None:
+        with pytest.raises(ValueError, match="'0' is neither a number nor a share"):
+            _ = config.scheduling_layers
+    else:
+        assert config.scheduling_layers == numbers
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"), [([4], "4 is not in 0..3"), ([-1], "-1 is not in"), ([2, 1], "must grow"), ([], "must grow")]
+)
+def test_scheduling_layers_outside_the_decoder_are_an_error(tokenizer: Any, layers: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"scheduling.layers: .*{message}"):
+        PhotonForConditionalGeneration(tiny_config(tokenizer, scheduling={"layers": layers}))
 
 
 def test_an_unknown_scheduling_setting_is_an_error(tokenizer: Any) -> None:

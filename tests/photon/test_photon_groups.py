@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from photon.losses import band_loss
-from photon.modeling_photon import LossWeights
 from photon.processing_photon import VolumeChats
+from photon.stream import LossWeights
 from tests.photon.conftest import turn
 
 QUESTIONS = [("Is there a pleural effusion?", "yes"), ("Which side is it on?", "left"), ("How many lesions?", "two")]

@@ -9,7 +9,7 @@ import torch
 from photon.building import with_patches, with_scheduling
 from photon.geometry import PatchGeometry
 from photon.heads import class_shares
-from photon.patch_embedding import patchify
+from photon.patch_embedding import Scale, patchify
 from photon.processing_photon import PhotonProcessor, VolumeChats
 from photon.scheduling import SchedulingSettings
 from tests.photon.conftest import turn
@@ -28,6 +28,9 @@ def test_any_volume_size_is_cut_into_whole_tokens(shape: tuple[int, int, int]) -
     assert patches.double().sum().item() == pytest.approx(volume.double().sum().item() + added * volume.min().item())
 
 
+SCALE = Scale(0.5, 0.5)
+
+
 def test_patches_of_one_token_are_neighbours_in_plane() -> None:
     depth, height, width = torch.meshgrid(torch.arange(4), torch.arange(8), torch.arange(16), indexing="ij")
     patches, _ = patchify((depth * 10_000 + height * 100 + width).float(), PatchGeometry((2, 4, 4), 1, 2))
@@ -40,7 +43,7 @@ def test_patches_of_one_token_are_neighbours_in_plane() -> None:
 def test_an_inflated_model_equals_its_slice_video_model(tiny: Any, tokenizer: Any) -> None:
     """Frames are means of two slices, the new kernel spreads over four: the same sums."""
     frames, _ = tiny(vision={"temporal_patch_size": 2, "in_channels": 3}, slices_per_frame=2, temporal_step=4.0)
-    volumetric = with_patches(frames, (4, 4, 4), 1, "inflate", 0.5, (0.5, 0.5, 0.5), temporal_step=4.0)
+    volumetric = with_patches(frames, (4, 4, 4), 1, "inflate", SCALE, [SCALE] * 3, temporal_step=4.0)
     group = VolumeChats([torch.rand(8, 24, 32)], [turn("Is there?", "no"), turn("Which side is it on?", "left")])
     logits = [
         model(**PhotonProcessor.from_config(model.config, tokenizer).batch([group])).logits
@@ -52,7 +55,7 @@ def test_an_inflated_model_equals_its_slice_video_model(tiny: Any, tokenizer: An
 
 def test_a_fresh_embedding_is_new_and_everything_else_is_copied(tiny: Any) -> None:
     model, _ = tiny()
-    renewed = with_patches(model, (6, 8, 8), 1, "fresh", 1.0)
+    renewed = with_patches(model, (6, 8, 8), 1, "fresh", SCALE)
     old, new = model.state_dict(), renewed.state_dict()
     name = "model.visual.patch_embed.proj.weight"
     assert new[name].shape == (32, 6 * 8 * 8)
@@ -62,17 +65,17 @@ def test_a_fresh_embedding_is_new_and_everything_else_is_copied(tiny: Any) -> No
 def test_inflation_to_several_channels_is_refused(tiny: Any) -> None:
     model, _ = tiny()
     with pytest.raises(ValueError, match="patch_init"):
-        with_patches(model, (4, 4, 4), 3, "inflate", 1.0)
+        with_patches(model, (4, 4, 4), 3, "inflate", SCALE)
 
 
 def test_scheduling_is_added_to_a_model_without_it(tiny: Any) -> None:
     model, _ = tiny(scheduling=None)
-    assert model.model.threshold_predictor is None
+    assert len(model.model.threshold_predictors) == 0
     scheduled = with_scheduling(model, SchedulingSettings(predictor_bias=-5.0))
-    predictor = scheduled.model.threshold_predictor
+    predictor: Any = scheduled.model.threshold_predictors[0]
     assert predictor is not None and predictor.mlp[2].bias.item() == -5.0
     again = with_scheduling(scheduled, SchedulingSettings(temperature=0.5))
-    assert torch.equal(again.model.threshold_predictor.mlp[0].weight, predictor.mlp[0].weight)
+    assert torch.equal(again.model.threshold_predictors[0].mlp[0].weight, predictor.mlp[0].weight)
 
 
 def test_class_shares_count_voxels_per_token() -> None:

@@ -153,7 +153,7 @@ def test_phase2_adds_the_band_once_tokens_are_weighed(recipes: Recipes, backbone
             video_grid_thw=torch.tensor(batch["grids"]),
             reduction=reduction,
         )
-        outside = [max(r - 0.2, 0) + max(0.1 - r, 0) for r in forward.mean_probability.tolist()]
+        outside = [max(r - 0.2, 0) + max(0.1 - r, 0) for r in forward.mean_probability[:, 0].tolist()]
         assert sum(outside) > 0
         assert output.terms["band"].value.item() == pytest.approx(3 * sum(outside), rel=1e-5)
         kept, of = (float(x) for x in output.metrics["keep_rate"])
@@ -206,7 +206,7 @@ def test_surrogate_gradients_follow_the_scale_of_the_loss(recipes: Recipes, back
     recipe = recipes.phase2(backbone)
     module = recipe.build()
     whole = gradients(recipe, module, [items()], step=7)
-    assert all(whole[f"model.threshold_predictor.mlp.{layer}.weight"].any() for layer in (0, 2))
+    assert all(whole[f"model.threshold_predictors.0.mlp.{layer}.weight"].any() for layer in (0, 2))
     share = gradients(recipe, module, [items()], step=7, scale=2.0**-20)
     assert_near({name: gradient * 2.0**20 for name, gradient in share.items()}, whole)
 
@@ -238,7 +238,7 @@ def test_a_rows_gradient_is_turned_back_into_that_of_its_mean(
             scales.append(given[6])
             return DropTokens.apply(*given)
 
-    monkeypatch.setattr("photon.modeling_photon.DropTokens", Watched)
+    monkeypatch.setattr("photon.stream.DropTokens", Watched)
     batch, counts, _ = run(recipe, module)
     labels = torch.bincount(batch["layout"].label_rows)
     torch.testing.assert_close(scales[0], counts["label_tokens"] / labels)

@@ -97,7 +97,12 @@ class Recipes:
 
     def phase2(self, checkpoint: Path, model: dict[str, Any] | None = None, **changes: Any) -> Any:
         scheduling = {"predictor_bias": 0.0, "soft_from": 0.2, "hard_from": 0.5}
-        values = {"checkpoint": str(checkpoint), "scheduling": scheduling, "band": {"low": 0.1, "high": 0.2}}
+        values = {
+            "checkpoint": str(checkpoint),
+            "scheduling": scheduling,
+            "band": {"low": 0.1, "high": 0.2},
+            "robustness": {"probability": 0.0},
+        }
         return self.recipe("photon.phase2", {**values, **(model or {})}, **changes)
 
     def save(self, recipe: Recipe, module: nn.Module, name: str) -> Path:
