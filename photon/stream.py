@@ -71,7 +71,7 @@ class Stream:
             at,
             layout.instruction,
             ordinal,
-            torch.arange(len(hidden), device=hidden.device),
+            torch.arange(len(ordinal), device=ordinal.device),
         )
 
     @property

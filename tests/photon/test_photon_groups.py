@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from photon.losses import band_loss
+from photon.losses import band_loss, flip_loss
+from photon.packing import pack
 from photon.processing_photon import VolumeChats
 from photon.stream import LossWeights
 from tests.photon.conftest import turn
@@ -18,9 +19,16 @@ def volumes() -> list[torch.Tensor]:
     return [torch.rand(8, 24, 32), torch.rand(12, 16, 16)]  # unequal sizes: 24 and 12 tokens
 
 
-def total_loss(model: Any, batch: dict[str, Any], reduction: str, weights: LossWeights) -> torch.Tensor:
-    output = model(**batch, reduction=reduction, weights=weights)
+def total_loss(
+    model: Any, batch: dict[str, Any], reduction: str, weights: LossWeights, flip: Any = "none"
+) -> torch.Tensor:
+    """Cross-entropy and band; a flipped batch has the flip loss instead (replace) or besides (add)."""
+    output = model(**batch, reduction=reduction, weights=weights, flip=flip)
+    if flip == "replace":
+        return flip_loss(output.token_losses).sum() * weights.token
     loss = output.token_losses.sum() * weights.token
+    if flip == "add":
+        loss = loss + flip_loss(output.flipped_losses).sum() * weights.token
     if output.mean_probability is not None:
         loss = loss + band_loss(output.mean_probability, 0.1, 0.2).sum() * weights.row
     return loss
@@ -32,21 +40,37 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("reduction", ["none", "soft", "hard"])
-def test_a_shared_volume_gives_the_loss_and_gradients_of_separate_samples(tiny: Any, reduction: str) -> None:
-    model, processor = tiny()
+@pytest.mark.parametrize(
+    ("reduction", "layers", "flip"),
+    [
+        ("none", [1], "none"),
+        ("soft", [1], "none"),
+        ("soft", [1, 3], "none"),
+        ("hard", [1], "none"),
+        ("hard", [0], "none"),
+        ("hard", [1, 3], "none"),
+        ("hard", [1], "replace"),
+        ("hard", [1], "add"),
+        ("hard", [0, 2], "replace"),
+    ],
+)
+def test_a_shared_volume_gives_the_loss_and_gradients_of_separate_samples(
+    tiny: Any, reduction: str, layers: list[int], flip: str
+) -> None:
+    model, processor = tiny(scheduling={"predictor_bias": 0.0, "layers": layers})
     groups = [VolumeChats([v], [turn(q, a) for q, a in QUESTIONS]) for v in volumes()]
     tokens = int((processor.batch(groups)["labels"] != -100).sum())
     weights = LossWeights(1 / tokens, 1 / (len(groups) * len(QUESTIONS)))
 
-    loss = total_loss(model, processor.batch(groups), reduction, weights)
+    loss = total_loss(model, processor.batch(groups), reduction, weights, flip)
     loss.backward()
     shared = gradients(model)
 
     apart = 0.0
     for group in groups:
         for chat in group.chats:
-            one = total_loss(model, processor.batch([VolumeChats(group.volumes, [chat])]), reduction, weights)
+            batch = processor.batch([VolumeChats(group.volumes, [chat])])
+            one = total_loss(model, batch, reduction, weights, flip)
             one.backward()
             apart += one.item()
     separate = gradients(model)
@@ -54,10 +78,86 @@ def test_a_shared_volume_gives_the_loss_and_gradients_of_separate_samples(tiny: 
     # float32 sums in another order: a few units in the sixth digit of the largest entry.
     assert loss.item() == pytest.approx(apart, rel=1e-5)
     assert shared.keys() == separate.keys()
-    assert reduction == "none" or any("threshold_predictor" in name for name in shared)
+    learns = reduction != "none" and flip != "replace"
+    assert learns == any("threshold_predictor" in name for name in shared)
     for name, gradient in shared.items():
         scale = separate[name].abs().max()
         assert torch.allclose(gradient, separate[name], rtol=1e-5, atol=1e-5 * float(scale) + 1e-9), name
+
+
+def test_flipped_rows_see_just_what_was_dropped(tiny: Any) -> None:
+    """`add` has both masks in one pass: each answer's loss is that of a pass with its mask alone."""
+    model, processor = tiny()
+    batch = processor.batch([VolumeChats([v], [turn(q, a) for q, a in QUESTIONS]) for v in volumes()])
+    both = model(**batch, flip="add")
+    torch.testing.assert_close(both.token_losses, model(**batch).token_losses, rtol=1e-5, atol=1e-5)
+    flipped = model(**batch, flip="replace")
+    torch.testing.assert_close(both.flipped_losses, flipped.token_losses, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(both.token_losses, both.flipped_losses, atol=1e-3)
+
+
+def test_adding_flips_needs_a_single_scheduling_layer(tiny: Any) -> None:
+    model, processor = tiny(scheduling={"layers": [1, 2]})
+    batch = processor.batch([VolumeChats(volumes()[:1], [turn("Is there?", "no")])])
+    with pytest.raises(ValueError, match="flip: add needs a single scheduling layer"):
+        model(**batch, flip="add")
+
+
+def test_a_batch_that_does_not_teach_scheduling_gives_it_no_gradient(tiny: Any) -> None:
+    model, processor = tiny()
+    batch = processor.batch([VolumeChats(volumes()[:1], [turn(q, a) for q, a in QUESTIONS])])
+    for reduction in ("soft", "hard"):
+        output = model(**batch, reduction=reduction, learn_scheduling=False)
+        (output.loss + output.mean_probability.sum()).backward()
+        assert not any("threshold_predictor" in name for name in gradients(model))
+
+
+def test_a_second_drop_chooses_among_what_the_first_one_kept(tiny: Any) -> None:
+    chats = [turn(q, a) for q, a in QUESTIONS]
+    kept = []
+    for layers in ([1], [1, 3]):
+        model, processor = tiny(scheduling={"layers": layers, "keep_ratio": 0.5})
+        kept.append(model(**processor.batch([VolumeChats([v], chats) for v in volumes()])))
+    once, twice = kept
+    assert not (twice.kept & ~once.kept).any()
+    assert twice.kept.sum(1).tolist() == [6, 6, 6, 3, 3, 3]
+    assert twice.keep_rate.tolist() == [0.25] * 6
+
+
+def test_a_model_of_random_selection_keeps_as_many_but_others(tiny: Any) -> None:
+    batches = []
+    for selection in ("saliency", "random"):
+        model, processor = tiny(scheduling={"predictor_bias": 0.0, "selection": selection})
+        batches.append(model(**processor.batch([VolumeChats(volumes()[:1], [turn(q, a) for q, a in QUESTIONS])])))
+    chosen, drawn = batches
+    assert chosen.keep_rate.tolist() == drawn.keep_rate.tolist()
+    assert not torch.equal(chosen.kept, drawn.kept)
+
+
+def test_every_turn_of_the_user_is_instruction_and_the_answer_is_not(tiny: Any) -> None:
+    model, processor = tiny()
+
+    def kept(first: str, second: str, answer: str) -> torch.Tensor:
+        chat = [*turn(first, "two"), *turn(second, answer)]
+        return model(**processor.batch([VolumeChats(volumes()[:1], [chat])])).kept
+
+    usual = kept("How many lesions?", "Which side is it on?", "no")
+    assert torch.equal(usual, kept("How many lesions?", "Which side is it on?", "yes yes left"))
+    assert not torch.equal(usual, kept("How many lesions?", "Is there a pleural effusion?", "no"))
+    assert not torch.equal(usual, kept("Is there?", "Which side is it on?", "no"))
+
+
+def test_instruction_tokens_are_those_of_the_users_turns(tiny: Any) -> None:
+    model, processor = tiny()
+    tokenizer, config = processor.tokenizer, model.config
+    chat = [*turn("How many lesions?", "two"), *turn("Which side is it on?", "left")]
+    batch = processor.batch([VolumeChats(volumes()[:1], [chat])])
+    ids = batch["input_ids"][0]
+    layout = pack(
+        batch["input_ids"], None, batch["video_grid_thw"].tolist(), None, None, config.special_tokens, config.geometry
+    )
+    found = ids[layout.source[layout.instruction[0]]]
+    assert tokenizer.decode(found) == "How many lesions?Which side is it on?"
 
 
 def test_rows_without_group_index_are_their_own_groups(tiny: Any) -> None:
