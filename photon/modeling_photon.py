@@ -45,6 +45,7 @@ TEXT_MODELS: dict[str, Any] = {"qwen2_5_vl_text": Qwen2_5_VLTextModel, "qwen3_vl
 
 Reduction = Literal["none", "soft", "hard"]
 Flip = Literal["none", "replace", "add"]
+Selection = Literal["saliency", "random"]
 
 
 @dataclass
@@ -363,8 +364,9 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
         layout: Layout | None = None,
         token_index: Tensor | None = None,
         reduction: Reduction = "hard",
-        random_seeds: Tensor | None = None,
+        selection: Selection | None = None,
         threshold_noise: float = 0.0,
+        seeds: Tensor | None = None,
         flip: Flip = "none",
         learn_scheduling: bool = True,
         weights: LossWeights | None = None,
@@ -383,9 +385,10 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
             layout: index tables of this batch, if the collator made them already.
             token_index: ``(tokens of all volumes)`` which of them are there, counted through all volumes' grids;
                 without it all are (see ``PhotonProcessor.skip_background``).
-            random_seeds: ``(R)``; when given, as many tokens as saliency would drop are dropped at random. A model
-                that was trained so (``scheduling.selection``) draws its own seeds where none are given.
+            selection: ``random`` drops as many tokens as saliency would, but drawn at random; as the model was
+                trained (``scheduling.selection``) if None.
             threshold_noise: multiply each threshold by 1 + x, x uniform within plus and minus this (A.2.7).
+            seeds: ``(R)`` by which a row's draws are made; drawn themselves if None.
             reduction, flip, learn_scheduling, weights: see :class:`Pass`.
             early_cache: which keys and values of dropped tokens the layers below the drop keep for generation:
                 ``keep`` all, as answers saw them in training, or ``evict`` (Photon Sec. 3.2).
@@ -404,7 +407,7 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
         if pixel_values_videos is not None and prefix is None:
             assert video_grid_thw is not None
             visual, deepstack = self.model.visual.encode(pixel_values_videos, video_grid_thw, token_index)
-        chance = self._chance(layout, random_seeds, threshold_noise)
+        chance = self._chance(layout, selection, threshold_noise, seeds)
         how = Pass(reduction, chance, flip, learn_scheduling, weights, bool(use_cache), prefix)
         decoded = self.model(input_ids, layout, visual, deepstack, how)
         output = PhotonOutput(visual_embeds=visual)
@@ -430,12 +433,10 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(self.model.language_model.norm(hidden))
 
-    def _chance(self, layout: Layout, seeds: Tensor | None, noise: float) -> Chance | None:
-        """Seeds by packed rows."""
-        drawn = seeds is not None
+    def _chance(self, layout: Layout, selection: Selection | None, noise: float, seeds: Tensor | None) -> Chance | None:
+        """What is drawn at random, by packed rows."""
         settings = self.model.scheduling
-        if settings is not None and settings.selection == "random":
-            drawn = True
+        drawn = (selection or (settings and settings.selection)) == "random"
         if not drawn and not noise:
             return None
         if seeds is None:
@@ -482,7 +483,7 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
             return {"input_ids": input_ids[:, -1:], "past_key_values": past_key_values, "use_cache": True}
         names = (
             "attention_mask", "pixel_values_videos", "video_grid_thw", "group_index", "token_index", "reduction",
-            "random_seeds", "threshold_noise", "early_cache", "prefix",
+            "selection", "threshold_noise", "seeds", "early_cache", "prefix",
         )  # fmt: skip
         given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         return {"input_ids": input_ids, "past_key_values": past_key_values, "use_cache": True, **given}
@@ -499,7 +500,7 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
         if expand_size > 1:
             if kwargs.get("group_index") is None:
                 kwargs["group_index"] = torch.arange(len(input_ids), device=input_ids.device)
-            for name in ("attention_mask", "group_index", "random_seeds"):
+            for name in ("attention_mask", "group_index", "seeds"):
                 if kwargs.get(name) is not None:
                     kwargs[name] = kwargs[name].repeat_interleave(expand_size, dim=0)
             input_ids = input_ids.repeat_interleave(expand_size, dim=0)

@@ -81,7 +81,7 @@ class Stream:
 
 
 @dataclass
-class Selection:
+class Chosen:
     """Each row's text and its chosen visual tokens, end to end.
 
     Attributes:
@@ -97,7 +97,7 @@ class Selection:
     counts: list[int]
 
 
-def select(stream: Stream, kept: Tensor, *counts: Tensor) -> Selection:
+def select(stream: Stream, kept: Tensor, *counts: Tensor) -> Chosen:
     """Choose tokens by ``kept`` (R, N). The lengths, and ``counts`` with them, cost one host synchronisation."""
     visual = stream.row_visual
     stays = torch.where(visual < 0, True, kept.gather(1, visual.clamp(min=0))) & (stream.row_tokens >= 0)
@@ -106,7 +106,7 @@ def select(stream: Stream, kept: Tensor, *counts: Tensor) -> Selection:
     flat = torch.nonzero_static(stays.flatten(), size=sum(lengths))[:, 0]
     ordinal = visual.flatten()[flat]
     cell = torch.where(ordinal < 0, -1, flat // visual.shape[1] * kept.shape[1] + ordinal)
-    return Selection(stream.row_tokens.flatten()[flat], cell, ordinal, lengths, numbers[len(stays) :])
+    return Chosen(stream.row_tokens.flatten()[flat], cell, ordinal, lengths, numbers[len(stays) :])
 
 
 def length_table(lengths: list[int], device: torch.device) -> Tensor:
@@ -116,7 +116,7 @@ def length_table(lengths: list[int], device: torch.device) -> Tensor:
     return torch.where(column < size[:, None], column + (size.cumsum(0) - size)[:, None], -1)
 
 
-def advance(stream: Stream, chosen: Selection, hidden: Tensor, flipped: Selection | None = None) -> Stream:
+def advance(stream: Stream, chosen: Chosen, hidden: Tensor, flipped: Chosen | None = None) -> Stream:
     """The stream after a drop, with ``hidden`` (S, D) of the chosen tokens, those of ``flipped`` behind them."""
     device = hidden.device
     rows = length_table(chosen.lengths, device)
@@ -148,14 +148,14 @@ def _places(stream: Stream, index: Tensor, start: int) -> Tensor:
     return places.scatter_(0, index, torch.arange(start, start + len(index), device=index.device))
 
 
-def weigh(stream: Stream, chosen: Selection, retention: Retention) -> Tensor:
+def weigh(stream: Stream, chosen: Chosen, retention: Retention) -> Tensor:
     """Soft stage: ``(S, D)`` with visual tokens multiplied by q."""
     q = F.pad(retention.probability.flatten(), (0, 1), value=1.0)  # the last entry serves text
     return stream.hidden[chosen.index] * q[chosen.cell, None].to(stream.hidden.dtype)
 
 
 def drop(
-    stream: Stream, chosen: Selection, retention: Retention, scale: "GradientScale", settings: SurrogateSettings
+    stream: Stream, chosen: Chosen, retention: Retention, scale: "GradientScale", settings: SurrogateSettings
 ) -> Tensor:
     """Hard stage: ``(S, D)`` of the kept tokens, with the straight-through mask (Eq. 10-17)."""
     if not (torch.is_grad_enabled() and retention.probability.requires_grad):

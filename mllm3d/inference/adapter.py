@@ -15,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-Mode = Literal["scheduled", "none", "random"]
+Mode = Literal["scheduled", "none", "random", "noisy", "evicted"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class Adapter(Protocol):
         questions: the text of the user's turn (`mllm3d.data.prompts.question_text`), no chat template.
         mode: `scheduled` drops as trained, `none` keeps every token, `random` keeps as many tokens as
             `scheduled` would for the same question, drawn from the seed and the question's text alone, so
-            that a question's draw does not depend on which others share the call.
+            that a question's draw does not depend on which others share the call. `noisy` is `scheduled` with
+            its thresholds off by up to 10 %; `evicted` is `scheduled` without the dropped tokens' keys and values
+            in the layers below the drop. A model without thresholds or caches answers as `scheduled`.
         """
         ...
 

@@ -46,7 +46,7 @@ def masks(answers: Sequence[RawAnswer]) -> list[list[bool]]:
 
 
 def test_every_mode_accounts_for_all_tokens(adapter: PhotonAdapter) -> None:
-    for mode in ("scheduled", "none", "random"):
+    for mode in ("scheduled", "none", "random", "noisy", "evicted"):
         answers = ask(adapter, QUESTIONS, mode)
         assert len(answers) == len(QUESTIONS)
         for answer in answers:
@@ -168,3 +168,24 @@ def test_a_damaged_folder_is_one_line(saved: Path, damage: str) -> None:
     assert str(saved) in str(error.value) and "\n" not in str(error.value)
     if damage == "missing weight":
         assert "missing keys: model.visual.blocks.0.mlp.up_proj.weight" in str(error.value)
+
+
+def test_volumes_that_were_just_encoded_are_not_encoded_again(adapter: PhotonAdapter) -> None:
+    encoded: list[int] = []
+    adapter.model.model.visual.register_forward_hook(lambda *_: encoded.append(1))
+    first = ask(adapter, QUESTIONS[:1], "scheduled")
+    again = ask(adapter, QUESTIONS, "scheduled")
+    assert len(encoded) == 1
+    assert again[0].text == first[0].text and masks(again)[:1] == masks(first)
+    ask(adapter, QUESTIONS, "none")  # shares all layers, not those below the drop
+    ask(adapter, QUESTIONS, "none", volumes=[scan(seed=1)])
+    assert len(encoded) == 3
+    fresh = ask(adapter, QUESTIONS, "scheduled")
+    assert len(encoded) == 4
+    assert [a.text for a in fresh] == [a.text for a in again] and masks(fresh) == masks(again)
+
+
+def test_noise_moves_thresholds_the_same_way_every_time(adapter: PhotonAdapter) -> None:
+    still, noisy, again = (ask(adapter, QUESTIONS, mode, seed=3) for mode in ("scheduled", "noisy", "noisy"))
+    assert masks(noisy) == masks(again)
+    assert masks(noisy) != masks(still)

@@ -251,10 +251,12 @@ def test_random_tokens_are_as_many_and_depend_on_their_seed_alone(tiny: Any) -> 
     chats = [turn(q, a) for q, a in QUESTIONS]
     batch = processor.batch([VolumeChats(volumes()[:1], chats)])
     scheduled = model(**batch)
-    drawn = model(**batch, random_seeds=torch.tensor([7, 8, 9]))
+    drawn = model(**batch, selection="random", seeds=torch.tensor([7, 8, 9]))
     assert drawn.keep_rate.tolist() == scheduled.keep_rate.tolist()
     assert not torch.equal(drawn.kept, scheduled.kept)
-    alone = model(**processor.batch([VolumeChats(volumes()[:1], [chats[1]])]), random_seeds=torch.tensor([8]))
+    alone = model(
+        **processor.batch([VolumeChats(volumes()[:1], [chats[1]])]), selection="random", seeds=torch.tensor([8])
+    )
     assert torch.equal(alone.kept[0], drawn.kept[1])
 
 
