@@ -218,11 +218,11 @@ def with_patches(
 
 
 def with_scheduling(
-    model: PhotonForConditionalGeneration, settings: SchedulingSettings
+    model: PhotonForConditionalGeneration, settings: SchedulingSettings | None
 ) -> PhotonForConditionalGeneration:
-    """The same model with token scheduling; threshold predictors that it already has are kept where they fit."""
+    """The same model with this token scheduling, or None; threshold predictors that fit it are kept."""
     config = copy.deepcopy(model.config)
-    config.scheduling = settings.to_dict()
+    config.scheduling = None if settings is None else settings.to_dict()
     scheduled = empty(config, model.dtype)
     known = scheduled.state_dict().keys()
     weights = {k: v for k, v in model.state_dict().items() if k in known or not k.startswith(SCHEDULER)}

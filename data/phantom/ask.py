@@ -14,6 +14,7 @@ from answers import ABSENT, REFRACTORY, RESOLVED
 from balance import Candidate, category_blocks, far_apart, number_blocks, skew
 from facts import Facts
 from questions import EXISTENCE, KINDS, Kind
+from regions import regions_of
 from templates import TEMPLATES, plural, with_article
 
 from mllm3d.data.manifest import Row
@@ -173,6 +174,7 @@ def _row(entry: Entry, number: int, kind: Kind, subject: str, asked: Asked) -> R
             "kind": kind.name,
             "closed": asked.closed,
             "block": asked.block,
+            **regions_of(kind.name, subject).meta(),
         },
     )
 

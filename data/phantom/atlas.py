@@ -81,12 +81,14 @@ class Atlas:
     def draw(self, seed: int, options: SceneOptions | None = None) -> Case:
         """One scan of a warped copy of the atlas."""
         options = options or SceneOptions()
-        return render(seed, plan_scan(stream(seed, "scan"), options.shares), self._painter(seed, options))[0]
+        plan = plan_scan(stream(seed, "scan"), options.shares)
+        return render(seed, plan, self._painter(seed, options), options.lesion_scale)[0]
 
     def draw_pair(self, seed: int, options: SceneOptions | None = None) -> tuple[Case, Case]:
         """Prior and current scan of one warped copy of the atlas (see ``scene.draw_pair``)."""
         options = options or SceneOptions()
-        prior, current = render(seed, plan_pair(stream(seed, "pair"), options.shares), self._painter(seed, options))
+        plan = plan_pair(stream(seed, "pair"), options.shares)
+        prior, current = render(seed, plan, self._painter(seed, options), options.lesion_scale)
         return prior, current
 
     def _painter(self, seed: int, options: SceneOptions) -> Painter:

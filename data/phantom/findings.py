@@ -6,7 +6,7 @@ map alone, so the same code draws findings into the procedural anatomy and into 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import SimpleITK as sitk
@@ -92,13 +92,16 @@ def place_findings(
     plan: Mapping[str, Sequence[Severity]],
     tissues: Sequence[Mapping[str, float]],
     rng: np.random.Generator,
+    lesion_scale: float = 1.0,
 ) -> None:
-    """Paint every finding of a plan into the scans of one patient (all on one grid)."""
+    """Paint every finding of a plan into the scans of one patient (all on one grid), round lesions scaled."""
     _pericardial_effusion(canvases, plan["pericardial effusion"], rng)
     _pleural_effusion(canvases, plan["pleural effusion"], rng)
     _consolidation(canvases, plan["consolidation"], rng)
     for site in SITES:
-        _lesions(canvases, site, plan[site.finding], tissues, rng)
+        low, high = site.size_mm
+        scaled = replace(site, size_mm=(lesion_scale * low, lesion_scale * high))
+        _lesions(canvases, scaled, plan[site.finding], tissues, rng)
 
 
 # ---- fluid: the voxels that fill first, up to a volume ----

@@ -36,7 +36,7 @@ from report import write_report
 from scene import Case, SceneOptions, draw, draw_pair
 from storage import ORIENTATIONS, stored_spacing, write_nifti
 
-VERSION = 1
+VERSION = 2
 """Of the drawing and the questions together: data sets of one version and seed are alike."""
 
 SPLITS = ("train", "validation", "test")
@@ -166,7 +166,8 @@ def write_dataset(args: argparse.Namespace, root: Path) -> str:
     atlas = (args.atlas, args.atlas_names) if args.atlas else None
     if atlas:
         load_atlas(*atlas)  # a bad atlas is reported here, before any worker starts
-    options = SceneOptions(shape=args.shape)
+    absent = {name: 0.0 for name in EVERYTHING if args.findings and name not in args.findings}
+    options = SceneOptions(shape=args.shape, prevalence=absent, lesion_scale=args.lesion_scale)
     jobs = plan_jobs(args.cases, args.seed, args.splits, args.priors, options, atlas)
     made = run_jobs(partial(make_case, root=root), jobs, args.workers)
     entries = [entry for entry, _ in made]
@@ -194,6 +195,7 @@ def summarise(args: argparse.Namespace, entries: Sequence[Entry], rows: Sequence
         "seed": args.seed,
         "biased": args.biased,
         "shape": list(args.shape),
+        "lesion_scale": args.lesion_scale,
         "atlas": args.atlas.name if args.atlas else None,
         "cases": len(entries),
         "cases_with_prior": sum(entry.prior is not None for entry in entries),
@@ -236,6 +238,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--atlas, --atlas-names: give both, or neither")
     if len(args.shape) != 3 or min(args.shape) < 16:
         raise UserError(f"--shape {args.shape}: give D,H,W of at least 16 voxels each, e.g. 56,112,112")
+    if not 0.5 <= args.lesion_scale <= 2:
+        raise UserError(f"--lesion-scale {args.lesion_scale}: a number between 0.5 and 2 is needed")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -249,6 +253,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--shape", type=_numbers(int), default=(56, 112, 112), help="nominal D,H,W (default 56,112,112)")
     add("--biased", action="store_true", help="with shortcuts like 3D-RAD's: see README.md")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS))
+    add("--findings", nargs="+", choices=EVERYTHING, metavar="FINDING", help="draw and ask about only these")
+    add("--lesion-scale", type=float, default=1.0, help="diameters of round lesions times this, 0.5 to 2 (default 1)")
     add("--atlas", type=Path, help="label map (NIfTI, ...) whose anatomy is painted instead of ellipsoids")
     add("--atlas-names", type=Path, help="JSON: label value -> name, for --atlas")
     add("--workers", type=int, default=2, help="processes (default 2)")

@@ -33,10 +33,12 @@ def default_prevalence() -> dict[str, float]:
 @dataclass(frozen=True)
 class SceneOptions:
     """``shape`` is the nominal (D, H, W) of a field of view of 280 x 392 x 392 mm; each case varies both.
-    ``prevalence`` names the findings whose share of positive cases differs from the default."""
+    ``prevalence`` names the findings whose share of positive cases differs from the default.
+    ``lesion_scale`` multiplies the diameters of round lesions (``findings.SITES``)."""
 
     shape: tuple[int, int, int] = (56, 112, 112)
     prevalence: Mapping[str, float] = field(default_factory=dict)
+    lesion_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value in self.prevalence.items():
@@ -46,6 +48,8 @@ class SceneOptions:
                 raise ValueError(f"prevalence of {name}: {value} is not between 0 and 1")
         if len(self.shape) != 3 or min(self.shape) < 16:
             raise ValueError(f"shape: {self.shape} must be three sizes of at least 16 voxels")
+        if not 0.5 <= self.lesion_scale <= 2:
+            raise ValueError(f"lesion_scale: {self.lesion_scale} is not between 0.5 and 2")
 
     @property
     def shares(self) -> dict[str, float]:
@@ -55,7 +59,8 @@ class SceneOptions:
 def draw(seed: int, options: SceneOptions | None = None) -> Case:
     """One scan; the same seed and options give the same bytes."""
     options = options or SceneOptions()
-    return render(seed, plan_scan(stream(seed, "scan"), options.shares), patient(seed, options))[0]
+    plan = plan_scan(stream(seed, "scan"), options.shares)
+    return render(seed, plan, patient(seed, options), options.lesion_scale)[0]
 
 
 def draw_pair(seed: int, options: SceneOptions | None = None) -> tuple[Case, Case]:
@@ -63,7 +68,7 @@ def draw_pair(seed: int, options: SceneOptions | None = None) -> tuple[Case, Cas
     shrunk, new, gone or absent in both; the contrast phase may differ."""
     options = options or SceneOptions()
     plan = plan_pair(stream(seed, "pair"), options.shares)
-    prior, current = render(seed, plan, patient(seed, options))
+    prior, current = render(seed, plan, patient(seed, options), options.lesion_scale)
     return prior, current
 
 
@@ -78,7 +83,9 @@ def stream(seed: int, purpose: str) -> np.random.Generator:
     return np.random.default_rng([seed, STREAMS.index(purpose)])
 
 
-def render(seed: int, plan: Mapping[str, Sequence[Severity]], paint: Painter) -> list[Case]:
+def render(
+    seed: int, plan: Mapping[str, Sequence[Severity]], paint: Painter, lesion_scale: float = 1.0
+) -> list[Case]:
     """All scans of one patient: anatomy, the planned findings in it, then the scanner's blur and noise."""
     streams = [stream(seed, name) for name in ("first scan", "second scan")[: len(plan["fatty liver"])]]
     phases = [PHASES[int(s.integers(len(PHASES)))] for s in streams]
@@ -88,7 +95,7 @@ def render(seed: int, plan: Mapping[str, Sequence[Severity]], paint: Painter) ->
         fatty = plan["fatty liver"][i]
         tissues.append(draw_tissues(phase, normal_deficit if fatty is None else 30 + 22 * fatty, own))
         canvases.append(paint(tissues[i], {name: course[i] for name, course in plan.items()}))
-    place_findings(canvases, plan, tissues, stream(seed, "findings"))
+    place_findings(canvases, plan, tissues, stream(seed, "findings"), lesion_scale)
     return [finish(c, phase, own) for c, phase, own in zip(canvases, phases, streams, strict=True)]
 
 

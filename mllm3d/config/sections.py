@@ -210,13 +210,17 @@ class TrainingConfig(Settings):
         return self
 
 
+EvaluationMode = Literal["scheduled", "none", "random", "noisy", "evicted", "zeroed"]
+
+
 class EvaluationConfig(Settings):
     """What is asked of a checkpoint, and how."""
 
-    modes: Annotated[tuple[Literal["scheduled", "none", "random", "zeroed"], ...], Strict(False)] = Field(
+    modes: Annotated[tuple[EvaluationMode, ...], Strict(False)] = Field(
         default=("scheduled",),
         min_length=1,
-        description="Tokens dropped as trained, not, or at random at the same rate; or the volume emptied.",
+        description="scheduled: tokens dropped as trained; none: all kept; random: as many, drawn; noisy: thresholds "
+        "off by up to 10 %; evicted: dropped tokens leave the lower layers' caches; zeroed: the volume emptied.",
     )
     where: dict[str, list[str]] | None = Field(
         default=None, description="Row filter instead of data.where, for example to ask what was not trained on."
@@ -224,6 +228,21 @@ class EvaluationConfig(Settings):
     max_new_tokens: PositiveInt = Field(default=512, description="Longest answer, in tokens.")
     limit_volumes: PositiveInt | None = Field(default=None, description="Use only the first so many volumes.")
     batch_questions: PositiveInt = Field(default=8, description="Questions of one volume that are answered at once.")
+    keep_masks: bool = Field(
+        default=True, description="Note in the predictions which tokens stayed (168 bytes for 1,000 tokens)."
+    )
+    organ_key: str = Field(
+        default="organ", description="Key of a row's meta that names the organ; KEY_labels has its label ids."
+    )
+    finding_key: str = Field(
+        default="finding", description="Key of a row's meta that names the finding; KEY_labels has its label ids."
+    )
+    block_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of a token's voxels that an organ or finding must fill to be in it; 0: any voxel.",
+    )
 
 
 class EstimateConfig(Settings):

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError
 
 from mllm3d.config import Settings
 from mllm3d.errors import UserError
+from mllm3d.evaluation.masks import KeptTokens
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -28,6 +29,12 @@ class Sample(Settings):
     tokens_before: int = Field(description="Visual tokens of all volumes of the question.")
     tokens_after: int = Field(description="Visual tokens after the scheduling layer.")
     seconds: float = Field(description="Wall time of the call, shared equally by the questions answered in it.")
+    seconds_first: float | None = Field(
+        default=None, description="Wall time from the start of the call to the first token, volumes included."
+    )
+    seconds_last: float | None = Field(default=None, description="The same to the answer's last token.")
+    new_tokens: int | None = Field(default=None, description="Tokens of the answer, the end token included.")
+    kept: KeptTokens | None = Field(default=None, description="Which tokens stayed; null: not recorded.")
 
 
 def append(stream: "TextIO", samples: Iterable[Sample]) -> None:

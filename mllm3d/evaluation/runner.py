@@ -8,25 +8,30 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from mllm3d.config import Config
+from mllm3d.config import Config, EvaluationMode
 from mllm3d.data.cache import VolumeCache
 from mllm3d.data.manifest import Row, read_manifest, select, volume_path
 from mllm3d.data.preprocess import Prepared
 from mllm3d.data.prompts import question_text
 from mllm3d.errors import UserError
+from mllm3d.evaluation.masks import KeptTokens, pack_kept
 from mllm3d.evaluation.predictions import Sample, append, read
+from mllm3d.evaluation.regions import named_regions
 from mllm3d.evaluation.results import Results
+from mllm3d.evaluation.retention import Retention, measure
+from mllm3d.evaluation.retention_tables import print_retention, write_retention
 from mllm3d.evaluation.scoring import TableRow, score, summarise
 from mllm3d.evaluation.tables import print_table, write_results
 from mllm3d.inference.adapter import Mode
 from mllm3d.inference.checkpoint import fingerprint
-from mllm3d.inference.predictor import Predictor
+from mllm3d.inference.predictor import Answer, Predictor
 
 ORIGIN = "origin.json"
 
@@ -43,18 +48,20 @@ class Work:
 def evaluate(config: Config, checkpoint: Path | None = None, device: str | None = None) -> Results:
     """Answer, score, print the table and write RUN/evaluation/SPLIT.
 
-    That folder holds predictions-MODE.jsonl, results.json and table.md.
+    That folder holds predictions-MODE.jsonl, results.json, retention.json and table.md.
 
     checkpoint: a released folder or a step; by default the run's newest. Predictions that another checkpoint
     or manifest left in the folder are moved beside it, never mixed in.
     """
     train, rows = _rows(config)
+    named = [named_regions(row, config.evaluation) for row in rows]  # here: a mistake is found before any answer
     predictor = Predictor.load(checkpoint or config.run.output, device)
     _warn_of_other_preprocessing(config, predictor)
     folder = config.run.output / "evaluation" / config.data.eval_split
     origin = _origin(config, predictor)
     _open_folder(folder, origin)
-    _answer_all(config, predictor, rows, folder)
+    cache = VolumeCache(config.data.cache or config.data.manifest.parent / ".cache")
+    _answer_all(config, predictor, cache, rows, folder)
     samples: dict[str, list[Sample]] = {
         mode: _in_order(read(predictions_file(folder, mode)), rows) for mode in config.evaluation.modes
     }
@@ -69,7 +76,21 @@ def evaluate(config: Config, checkpoint: Path | None = None, device: str | None 
     )
     write_results(results, folder)
     print_table(results)
+    label_map = partial(_label_map, config.data.manifest.parent, predictor, cache)
+    share = config.evaluation.block_share
+    modes = measure(samples, rows, named, label_map, share)
+    retention = Retention(split=results.split, fingerprint=results.fingerprint, block_share=share, modes=modes)
+    write_retention(retention, results, folder)
+    print_retention(retention)
     return results
+
+
+def _label_map(root: Path, predictor: Predictor, cache: VolumeCache, row: Row) -> np.ndarray:
+    """A row's label map on the grid of its preprocessed volume; root: the manifest's folder."""
+    assert row.labels is not None
+    settings = predictor.volume_config(row.modality)
+    volume = cache.get(volume_path(root, row.volume), settings)
+    return cache.get_labels(volume_path(root, row.labels), settings, like=volume)
 
 
 def _as_trained(config: Config, samples: Mapping[str, Sequence[Sample]], train: Sequence[Row]) -> list[TableRow]:
@@ -129,10 +150,9 @@ def _rows(config: Config) -> tuple[list[Row], list[Row]]:
         return [], rows
 
 
-def _answer_all(config: Config, predictor: Predictor, rows: Sequence[Row], folder: Path) -> None:
+def _answer_all(config: Config, predictor: Predictor, cache: VolumeCache, rows: Sequence[Row], folder: Path) -> None:
     """Volume by volume, so that each is read once for all modes and questions."""
     modes, root = config.evaluation.modes, config.data.manifest.parent
-    cache = VolumeCache(config.data.cache or root / ".cache")
     done = {mode: {sample.id for sample in read(predictions_file(folder, mode))} for mode in modes}
     finished = sum(row.id in done[mode] for mode in modes for row in rows)
     with ExitStack() as stack:
@@ -154,9 +174,9 @@ def _answer_all(config: Config, predictor: Predictor, rows: Sequence[Row], folde
 
 
 def _answer(
-    config: Config, predictor: Predictor, volumes: Sequence[Prepared], rows: Sequence[Row], mode: str
+    config: Config, predictor: Predictor, volumes: Sequence[Prepared], rows: Sequence[Row], mode: EvaluationMode
 ) -> list[Sample]:
-    model_mode: Mode = "none" if mode == "none" else "random" if mode == "random" else "scheduled"
+    model_mode: Mode = "scheduled" if mode == "zeroed" else mode
     if mode == "zeroed":  # the lowest value of the window everywhere: nothing to see, all else alike
         volumes = [replace(item, array=np.full_like(item.array, item.array.min())) for item in volumes]
     start = time.perf_counter()
@@ -182,9 +202,20 @@ def _answer(
             tokens_before=answer.tokens_before,
             tokens_after=answer.tokens_after,
             seconds=seconds,
+            seconds_first=answer.seconds_first,
+            seconds_last=answer.seconds_total,
+            new_tokens=answer.new_tokens,
+            kept=_kept(predictor, answer, volumes) if config.evaluation.keep_masks else None,
         )
         for row, answer in zip(rows, answers, strict=True)
     ]
+
+
+def _kept(predictor: Predictor, answer: Answer, volumes: Sequence[Prepared]) -> KeptTokens | None:
+    """Which tokens stayed; None where the model cannot say, or in a way that has no grid."""
+    if answer.kept is None:
+        return None
+    return pack_kept(answer.kept, [predictor.adapter.token_boxes(item.array.shape) for item in volumes])
 
 
 def _in_order(samples: Sequence[Sample], rows: Sequence[Row]) -> list[Sample]:

@@ -66,6 +66,10 @@ class ModeSummary(Settings):
     tokens_after: float = Field(description="Mean visual tokens per question after it.")
     seconds_total: float = Field(description="Wall time of all answers.")
     seconds_per_question: float = Field(description="The same per question.")
+    seconds_to_first_token: float | None = Field(
+        default=None, description="Mean wait for an answer's first token, the encoding of the volumes included."
+    )
+    seconds_per_further_token: float | None = Field(default=None, description="Mean wait for each token after it.")
 
 
 def score(samples: Mapping[str, Sequence[Sample]], train: Sequence[Answered]) -> list[TableRow]:
@@ -91,6 +95,7 @@ def score(samples: Mapping[str, Sequence[Sample]], train: Sequence[Answered]) ->
 def summarise(samples: Sequence[Sample]) -> ModeSummary:
     """Mean tokens and the time of one mode."""
     seconds = float(sum(item.seconds for item in samples))
+    first = [item.seconds_first for item in samples if item.seconds_first is not None]
     return ModeSummary(
         questions=len(samples),
         keep_rate=float(np.mean([item.keep_rate for item in samples])),
@@ -98,7 +103,19 @@ def summarise(samples: Sequence[Sample]) -> ModeSummary:
         tokens_after=float(np.mean([item.tokens_after for item in samples])),
         seconds_total=seconds,
         seconds_per_question=seconds / len(samples),
+        seconds_to_first_token=float(np.mean(first)) if first else None,
+        seconds_per_further_token=_per_further_token(samples),
     )
+
+
+def _per_further_token(samples: Sequence[Sample]) -> float | None:
+    """Seconds between an answer's first and last token by the tokens after the first, over all answers."""
+    seconds, tokens = 0.0, 0
+    for item in samples:
+        if item.seconds_first is not None and item.seconds_last is not None and item.new_tokens is not None:
+            seconds += item.seconds_last - item.seconds_first
+            tokens += item.new_tokens - 1
+    return seconds / tokens if tokens else None
 
 
 def mean_over_subtasks(values: np.ndarray, subtasks: Sequence[str | None]) -> float:

@@ -1,11 +1,11 @@
 """The table of an evaluation, for the terminal and as markdown: the model beside what needs no volume."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mllm3d.evaluation.results import Results
-from mllm3d.evaluation.scoring import TableRow
+from mllm3d.evaluation.scoring import ModeSummary, TableRow
 
 WIDTH = 120
 HEADERS = {"none": "no dropping", "random": "random, same rate", "zeroed": "volume zeroed"}
@@ -26,12 +26,17 @@ def cells(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def footer(results: Results) -> list[str]:
-    """One line per mode: visual tokens before and after, seconds per question and in total."""
+    """One line per mode: visual tokens before and after, seconds per question, in total, and per token."""
     lines = [f"checkpoint {results.checkpoint}, split {results.split}, {results.device}, {results.date}"]
     for mode, summary in results.modes.items():
         lines.append(
             f"{mode}: {summary.tokens_before:.1f} visual tokens before, {summary.tokens_after:.1f} after; "
             f"{summary.seconds_per_question:.3f} s per question, {summary.seconds_total:.1f} s in total"
+            + _per_token(summary)
+        )
+    if any(summary.seconds_to_first_token is not None for summary in results.modes.values()):
+        lines.append(
+            "first token: counted from the start of a call, which answers several questions of a volume at once"
         )
     if any(row.metric != "accuracy" for row in results.rows):
         lines.append("MRA: mean relative accuracy; mixed: mean over sub-tasks, some by accuracy and some by MRA")
@@ -40,10 +45,14 @@ def footer(results: Results) -> list[str]:
 
 def to_markdown(results: Results) -> str:
     """The table and its footer."""
-    header, rows = cells(results)
+    lines = [*markdown_table(*cells(results)), "", *(f"- {line}" for line in footer(results))]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Its lines; all columns but the first stand on the right."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    table = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
-    return f"{table}\n\n" + "\n".join(f"- {line}" for line in footer(results)) + "\n"
+    return [f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines]
 
 
 def print_table(results: Results) -> None:
@@ -71,12 +80,23 @@ def print_table(results: Results) -> None:
 
 
 def write_results(results: Results, folder: Path) -> None:
-    """results.json and table.md, each visible only when it is complete."""
-    contents = {"results.json": results.model_dump_json(indent=2) + "\n", "table.md": to_markdown(results)}
+    """results.json and table.md."""
+    write_files({"results.json": results.model_dump_json(indent=2) + "\n", "table.md": to_markdown(results)}, folder)
+
+
+def write_files(contents: Mapping[str, str], folder: Path) -> None:
+    """Files by name, each visible only when it is complete."""
     for name, content in contents.items():
         temporary = folder / f".{name}.{os.getpid()}"
         temporary.write_text(content, encoding="utf-8")
         temporary.replace(folder / name)
+
+
+def _per_token(summary: ModeSummary) -> str:
+    """Waiting for the first token and for each further one, where it was measured."""
+    first, further = summary.seconds_to_first_token, summary.seconds_per_further_token
+    text = "" if first is None else f"; {first:.3f} s to the first token"
+    return text if further is None else f"{text}, {further:.4f} s per further token"
 
 
 def _is_finding(row: TableRow) -> bool:

@@ -63,7 +63,7 @@ def data_size(config: Config) -> Size | None:
         return None
     volumes, questions = data.expected.volumes, data.expected.questions
     # As if every volume had the same number of questions.
-    groups = volumes * math.ceil(questions / volumes / data.questions_per_volume)
+    groups = min(questions, volumes * math.ceil(questions / volumes / data.questions_per_volume))
     return Size(volumes, questions, groups, f"data.expected, because {data.manifest} is not there yet")
 
 

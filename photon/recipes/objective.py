@@ -115,34 +115,26 @@ class Objective:
         return self.kind.perturbation is None and self.flip != "replace"
 
     def volumes(self, patches: Tensor, counts: Sequence[int], channels: int) -> Tensor:
-        """Patches `(N, X)` of all volumes, spoilt if this batch is to be."""
-        if self.kind.perturbation is None:
+        """Patches `(N, X)` of all volumes, `counts` of each, spoilt if this batch is to be."""
+        if self.kind.perturbation is None or not counts:
             return patches
         return perturb(patches, counts, self.kind.perturbation, torch.default_generator, channels=channels)
 
     def terms(self, output: PhotonOutput, layout: Layout) -> dict[str, Term]:
         """Losses of the batch. A row without a volume has nothing to spoil or to flip: its cross-entropy counts."""
         s, named = self.settings, loss_terms(self.kind, self.settings.objective)
-        seen = (layout.visual_at >= 0).any(1)[layout.label_rows] if layout.visual_at.shape[1] else None
+        seen = (layout.visual_at >= 0).any(1)[layout.label_rows]
         losses = output.token_losses
         assert losses is not None and output.logits is not None
-        terms = {}
-        if "ce" in named:
-            terms["ce"] = Term(losses.sum(), "label_tokens")
-        else:
-            terms["ce"] = Term((losses * 0 if seen is None else torch.where(seen, 0, losses)).sum(), "label_tokens")
+        counted = losses if "ce" in named else torch.where(seen, 0, losses)
+        terms = {"ce": Term(counted.sum(), "label_tokens")}
         if "robust" in named:
             spread = -entropy(output.logits)
-            terms["robust"] = Term(s.robustness.weight * _over(spread, seen).sum(), "label_tokens")
+            terms["robust"] = Term(s.robustness.weight * torch.where(seen, spread, 0).sum(), "label_tokens")
         if "flip" in named:
             flipped = losses if output.flipped_losses is None else output.flipped_losses
-            terms["flip"] = Term(s.flip.weight * _over(flip_loss(flipped), seen).sum(), "label_tokens")
+            terms["flip"] = Term(s.flip.weight * torch.where(seen, flip_loss(flipped), 0).sum(), "label_tokens")
         if "band" in named and self.banded and output.mean_probability is not None:
             outside = band_loss(output.mean_probability, s.band.low, s.band.high).mean(1)
             terms["band"] = Term(s.band.weight * outside.sum(), "questions")
         return terms
-
-
-def _over(values: Tensor, seen: Tensor | None) -> Tensor:
-    """Values of the labels whose rows have a volume; all zero in a batch without any."""
-    return values * 0 if seen is None else torch.where(seen, values, 0)

@@ -18,6 +18,7 @@ from photon.modeling_photon import Reduction
 from photon.packing import Layout
 from photon.recipes.base import PatchSize, PhotonRecipe, from_step, on_meta, token_metrics
 from photon.recipes.objective import Objective, ObjectiveSettings, TokenScheduling
+from photon.scheduling import SchedulingSettings
 from photon.stream import LossWeights
 
 
@@ -90,7 +91,9 @@ class Phase2Settings(ObjectiveSettings):
     )
     vision_lr: float | None = Field(default=None, gt=0, description="Rate of the vision tower. None: the common one.")
     predictor_lr: float | None = Field(default=None, gt=0, description="Rate of the threshold predictors.")
-    scheduling: TokenScheduling = Field(default=TokenScheduling(), description="Token scheduling.")
+    scheduling: TokenScheduling | None = Field(
+        default=TokenScheduling(), description="Token scheduling. None: every token is kept, without a predictor."
+    )
 
 
 class Phase2(PhotonRecipe):
@@ -113,8 +116,14 @@ class Phase2(PhotonRecipe):
                 config = patched_config(config, s.patch_size, 1, config.temporal_step)
         else:
             config = patched_config(self._plan(s.backbone), s.patch_size, 1)
-        config.scheduling = s.scheduling.settings().to_dict()
+        scheduling = self.scheduling
+        config.scheduling = None if scheduling is None else scheduling.to_dict()
         return config
+
+    @property
+    def scheduling(self) -> SchedulingSettings | None:
+        """The model's part of the scheduling settings."""
+        return None if self.settings.scheduling is None else self.settings.scheduling.settings()
 
     def build(self, meta: bool = False) -> nn.Module:
         if meta:
@@ -124,7 +133,7 @@ class Phase2(PhotonRecipe):
         source, tokenizer = self._load(s.checkpoint)
         if s.patch_init is not None:
             source = self.renewed(source, s.patch_size, s.patch_init, source.config.temporal_step)
-        model = with_scheduling(source, s.scheduling.settings())
+        model = with_scheduling(source, self.scheduling)
         self.adopt(model, tokenizer)
         return model
 
@@ -143,23 +152,27 @@ class Phase2(PhotonRecipe):
         return (s.predictor_lr or rate) if "threshold_predictor" in name else rate
 
     def planned_keep_rate(self) -> float | None:
-        return self.settings.scheduling.keep_ratio or (self.settings.band.low + self.settings.band.high) / 2
+        s = self.settings
+        if s.scheduling is None:
+            return None
+        return s.scheduling.keep_ratio or (s.band.low + s.band.high) / 2
 
     def reduction(self, step: int, total_steps: int) -> Reduction:
         """Which of the three stages a step belongs to (Photon A.2.4)."""
         s = self.settings.scheduling
-        if step >= from_step(s.hard_from, total_steps):
+        if s is not None and step >= from_step(s.hard_from, total_steps):
             return "hard"
-        return "soft" if step >= from_step(s.soft_from, total_steps) else "none"
+        return "soft" if s is not None and step >= from_step(s.soft_from, total_steps) else "none"
 
     def losses(
         self, model: nn.Module, batch: Batch, step: int, total_steps: int, weights: dict[str, float]
     ) -> StepOutput:
         s, layout, inputs = self.settings, batch["layout"], model_inputs(batch)
         reduction = self.reduction(step, total_steps)
+        scheduling = self.scheduling
         objective = Objective(
             s,
-            predicts=s.scheduling.settings().predicts,
+            predicts=scheduling is not None and scheduling.predicts,
             perturbing=step >= from_step(s.robustness.start, total_steps),
             flipping=reduction == "hard" and step >= from_step(s.flip.start, total_steps),
         )

@@ -10,12 +10,13 @@ import pytest
 
 from mllm3d import registry
 from mllm3d.config import Config, Settings
-from mllm3d.data.manifest import Row, write_manifest
+from mllm3d.data.manifest import Row, read_manifest, write_manifest
 from mllm3d.errors import UserError
 from mllm3d.evaluation.check_table import check
 from mllm3d.evaluation.check_table import main as check_table
 from mllm3d.evaluation.predictions import read
 from mllm3d.evaluation.results import read_results
+from mllm3d.evaluation.retention import Retention
 from mllm3d.evaluation.runner import evaluate
 from tests.inference.fake_adapter import NAME, FakeAdapter, write_model
 
@@ -114,6 +115,7 @@ def test_every_question_is_answered_in_every_mode_and_scored(
     table = (folder(config) / "table.md").read_text()
     assert "| existence | 24 | 50.0 |" in table and "| · chance | 8 | 50.0 | 75.0 | 75.0 |" in table
     assert "scheduled: 8.0 visual tokens before, 4.0 after" in table
+    assert "0.250 s to the first token, 0.1000 s per further token" in table
     printed = capsys.readouterr().out
     assert "existence" in printed and "8.0 visual tokens before, 4.0 after" in printed
 
@@ -192,6 +194,78 @@ def test_questions_of_a_prior_scan_see_both_volumes_and_batches_are_limited(conf
     assert FakeAdapter.calls == [(2, "scheduled"), (2, "scheduled"), (1, "scheduled")]
     assert results.modes["scheduled"].tokens_before == 16
     assert results.rows[0].modes["scheduled"].value == 1  # the prior is the bright one
+
+
+# --- kept tokens --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def labelled(config: Config, tmp_path: Path) -> Config:
+    """The same questions with label maps: 1 where the bright token is, 2 in one that is dropped as dark."""
+    labels = np.zeros((16, 16, 16), np.uint8)
+    labels[8:, 8:, 8:], labels[:8, :8, :8] = 1, 2
+    nibabel.save(nibabel.Nifti1Image(labels, np.eye(4)), tmp_path / "labels.nii.gz")
+    meta = {"nodule": {"organ": "lung", "organ_labels": "1"}, "cyst": {"organ": "liver", "organ_labels": 2}}
+    rows = [
+        row.model_copy(update={"labels": "labels.nii.gz", "meta": meta.get(str(row.subtask), {})})
+        for row in read_manifest(config.data.manifest)
+    ]
+    write_manifest(config.data.manifest, rows)
+    return config
+
+
+def retention(config: Config) -> Retention:
+    return Retention.model_validate_json((folder(config) / "retention.json").read_text())
+
+
+def test_statistics_of_kept_tokens_are_written(labelled: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    results = evaluate(labelled)
+    assert lines(labelled, "scheduled")[0]["kept"] == {"grids": [[2, 2, 2]], "voxels": [4, 4, 4], "bits": "Dw=="}
+    found = retention(labelled)
+    assert (found.split, found.fingerprint, list(found.modes)) == (
+        "test", results.fingerprint, ["scheduled", "random", "zeroed"]
+    )  # fmt: skip
+    scheduled = found.modes["scheduled"]
+    assert (scheduled.questions, scheduled.without_mask) == (24, 0)
+    lung, liver = (next(each for each in scheduled.coverage if each.name == name) for name in ("lung", "liver"))
+    assert (lung.pooled, lung.voxels, lung.random, lung.others) == (1, 1, 0.5, 1)
+    assert (liver.pooled, liver.voxels, liver.random, liver.volumes) == (0, 0, 0.5, 8)
+    assert [(each.organs, each.value) for each in scheduled.dissimilarity] == [(("liver", "lung"), 0)]
+    table = (folder(labelled) / "table.md").read_text()
+    assert table.index("| existence | 24 |") < table.index("## Kept tokens (scheduled)")
+    assert "| · lung | 8 | 8 | 0 | 100.0 | 50.0 | 100.0 | 100.0 | 50.0 | 100.0 |" in table
+    assert "50.0 % of the tokens that hold the organ asked about are kept" in capsys.readouterr().out
+
+
+def test_masks_need_not_be_kept(config: Config) -> None:
+    off = make_config(config.data.manifest.parent, keep_masks=False, modes=("scheduled",))
+    evaluate(off)
+    assert lines(config, "scheduled")[0]["kept"] is None
+    found = retention(config).modes["scheduled"]
+    assert (found.questions, found.without_mask, found.coverage) == (0, 24, [])
+    assert (found.tasks[0].tokens, found.tasks[0].keep_rate) == (4, 0.5)
+    FakeAdapter.calls.clear()
+    evaluate(make_config(config.data.manifest.parent, modes=("scheduled",)))
+    assert FakeAdapter.calls == []  # answers are not asked for again to learn what was kept
+
+
+def test_wrong_label_ids_are_found_before_any_answer(labelled: Config) -> None:
+    with pytest.raises(UserError, match=r"row c0-nodule: meta\.subtask_labels: 'x' are no ids"):
+        rows = read_manifest(labelled.data.manifest)
+        write_manifest(
+            labelled.data.manifest, [row.model_copy(update={"meta": {"subtask_labels": "x"}}) for row in rows]
+        )
+        evaluate(make_config(labelled.data.manifest.parent, finding_key="subtask"))
+    assert FakeAdapter.calls == []
+
+
+def test_a_label_map_of_another_grid_leaves_the_scores(labelled: Config, tmp_path: Path) -> None:
+    nibabel.save(
+        nibabel.Nifti1Image(np.ones((16, 16, 16), np.uint8), np.diag([2, 1, 1, 1])), tmp_path / "labels.nii.gz"
+    )
+    with pytest.raises(UserError, match="labels.nii.gz: this label map doesn't cover the same space"):
+        evaluate(labelled)
+    assert read_results(folder(labelled) / "results.json").modes["scheduled"].questions == 24
 
 
 # --- check_table --------------------------------------------------------------------------------------------

@@ -181,3 +181,16 @@ def test_summary_adds_up() -> None:
     found = summarise([sample("a", "a", tokens_after=2, keep_rate=0.25), sample("a", "a", seconds=1.5)])
     assert (found.tokens_before, found.tokens_after, found.keep_rate) == (8, 3, 0.375)
     assert (found.seconds_total, found.seconds_per_question, found.questions) == (2.0, 1.0, 2)
+    assert found.seconds_to_first_token is None and found.seconds_per_further_token is None
+
+
+def test_first_and_further_tokens_are_timed_apart() -> None:
+    samples = [
+        sample("a", "a", seconds_first=0.2, seconds_last=1.0, new_tokens=5),
+        sample("a", "a", seconds_first=0.4, seconds_last=0.4, new_tokens=1),
+        sample("a", "a", seconds_first=0.9, seconds_last=1.1, new_tokens=2),
+    ]
+    found = summarise([*samples, sample("a", "a")])  # the last is of a file written before there were such times
+    assert found.seconds_to_first_token == pytest.approx((0.2 + 0.4 + 0.9) / 3)
+    assert found.seconds_per_further_token == pytest.approx((0.8 + 0.2) / 5)
+    assert summarise(samples[1:2]).seconds_per_further_token is None

@@ -180,6 +180,19 @@ def test_same_seed_same_bytes_with_any_number_of_workers(tmp_path: Path) -> None
     assert all(one[path] != other.get(path) for path in volumes)
 
 
+def test_rows_name_the_labels_of_what_they_ask_about(rows: list[Row], reread: dict[str, tuple[Scan, Facts]]) -> None:
+    """Against the answers: a finding that is there has voxels with the ids that its row names, an absent one none."""
+    counts = Counter[str]()
+    for row in rows:
+        labels = row.meta.get("finding_labels")
+        if row.task not in ("existence", "tumor_recognition") or labels is None:
+            continue
+        named = np.isin(reread[row.case][0].labels, [int(label) for label in str(labels).split(",")])
+        assert named.any() == (row.answer.lower() == "yes"), row
+        counts[row.answer.lower()] += 1
+    assert min(counts["yes"], counts["no"]) > 10
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
