@@ -53,7 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show tracebacks instead of one-line errors")
-    for add in (_add_train, _add_eval, _add_predict, _add_release, _add_config, _add_data, _add_doctor):
+    checkpoints = (_add_predict, _add_release, _add_convert)
+    for add in (_add_train, _add_eval, _add_plot, *checkpoints, _add_config, _add_data, _add_doctor):
         add(commands, common)
     return parser
 
@@ -119,6 +120,20 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_plot(commands: "argparse._SubParsersAction", common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser("plot", parents=[common], help="draw how many tokens a run kept while it trained")
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folders, drawn side by side")
+    parser.add_argument("--out", type=Path, help="folder for the figures; default: figures in the first run")
+    parser.set_defaults(command=_plot)
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from mllm3d.evaluation.plots import plot
+
+    plot(args.runs, args.out)
+    return 0
+
+
 def _add_config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="a YAML file, or its name in configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
@@ -136,11 +151,13 @@ def _add_predict(commands: "argparse._SubParsersAction", common: argparse.Argume
     parser.add_argument("--prior", type=Path, help="an earlier scan of the same patient")
     parser.add_argument("--question", required=True)
     parser.add_argument("--modality", choices=("ct", "mr"), default="ct", help="how intensities are scaled")
-    parser.add_argument("--mode", choices=("scheduled", "none", "random"), default="scheduled", help="token dropping")
+    modes = ("scheduled", "none", "random", "noisy", "evicted")
+    parser.add_argument("--mode", choices=modes, default="scheduled", help="token dropping, as evaluation.modes")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer, in tokens")
     parser.add_argument("--device", help="for example cuda:1 or cpu; default: a GPU where there is one")
     parser.add_argument("--json", action="store_true", help="print the answer with keep rate and timing")
-    parser.add_argument("--evidence", type=Path, metavar="PNG", help="draw which tokens stayed")
+    drawn = "draw which tokens stayed; those of a --prior go beside it, as NAME_prior.png"
+    parser.add_argument("--evidence", type=Path, metavar="PNG", help=drawn)
     parser.add_argument("--evidence-nifti", type=Path, metavar="NII", help="the same as a mask on the scan's own grid")
     parser.set_defaults(command=_predict)
 
@@ -164,6 +181,26 @@ def _release(args: argparse.Namespace) -> int:
     from mllm3d.release.export import release
 
     release(args.run, args.out, args.checkpoint, args.overwrite)
+    return 0
+
+
+def _add_convert(commands: "argparse._SubParsersAction", common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser("convert", parents=[common], help="convert a published checkpoint, or back to one")
+    direction = parser.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--from", dest="origin", metavar="NAME", help="whose checkpoint SRC is: photon")
+    direction.add_argument("--to", dest="target", metavar="NAME", help="whose format DST shall have: photon")
+    parser.add_argument("source", metavar="SRC", type=Path, help="folder to read; with --to also a run or its step")
+    parser.add_argument("out", metavar="DST", type=Path, help="folder to write; must not exist or be empty")
+    parser.set_defaults(command=_convert)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from mllm3d.release.convert import convert_from, convert_to
+
+    if args.origin:
+        convert_from(args.origin, args.source, args.out)
+    else:
+        convert_to(args.target, args.source, args.out)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Names of recipes and adapters, and where they live.
+"""Names of recipes, adapters and converters, and where they live.
 
 These strings are the only place where `mllm3d` knows model packages. What they name is imported on use, so
 that `mllm3d --help` stays quick and a missing model package is an error only for those who ask for it.
@@ -20,6 +20,9 @@ RECIPES: dict[str, str] = {
 ADAPTERS: dict[str, str] = {"photon": "photon.recipes.adapter:PhotonAdapter"}
 """`model_type` of a checkpoint's config.json -> "module:class" of an `mllm3d.inference.adapter.Adapter`."""
 
+CONVERTERS: dict[str, str] = {"photon": "photon.published:PublishedPhoton"}
+"""Format of published checkpoints -> "module:class" of an `mllm3d.release.convert.Converter`."""
+
 
 def recipe_class(name: str) -> Any:
     """The recipe class of this name. Raises `UserError` with the nearest name where there is none."""
@@ -29,6 +32,11 @@ def recipe_class(name: str) -> Any:
 def adapter_class(model_type: str) -> Any:
     """The inference adapter for checkpoints of this `model_type`. Raises `UserError` for an unknown one."""
     return _resolve(model_type, ADAPTERS, "model_type")
+
+
+def converter_class(name: str) -> Any:
+    """The converter of published checkpoints of this name. Raises `UserError` for an unknown one."""
+    return _resolve(name, CONVERTERS, "published format")
 
 
 def _resolve(name: str, table: dict[str, str], what: str) -> Any:

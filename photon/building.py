@@ -58,7 +58,12 @@ def read_config(source: str | Path) -> PhotonConfig:
         ValueError: the checkpoint is of another model. OSError: it cannot be read.
     """
     _family(source)
-    config = AutoConfig.from_pretrained(source)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # a field of a wrong type has an error class of the hub's library
+        raise ValueError(f"config.json: {error}") from error
     return config if isinstance(config, PhotonConfig) else photon_config(config.to_dict())
 
 

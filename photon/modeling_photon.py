@@ -214,9 +214,9 @@ class PhotonModel(PhotonPreTrainedModel):
         present = stream.instruction >= 0
         places = stream.instruction.clamp(min=0)
         asked_q = query[:, places].permute(1, 2, 0, 3)  # (R, Q, H, E)
-        weights = instruction_weights(
-            asked_q, key[:, places].permute(1, 2, 0, 3), present, self.scheduling.self_affinity
-        )
+        own_keys = key[:, places].permute(1, 2, 0, 3)
+        s = self.scheduling
+        weights = instruction_weights(asked_q, own_keys, present, s.self_affinity, s.centrality_floor)
         question = weighted_query(asked_q, weights, key.shape[0])
         if stream.lengths is None:  # rows of a group read the same keys
             parts = zip(

@@ -116,5 +116,4 @@ def _noise(volume: Tensor, generator: torch.Generator) -> Tensor:
     shape = (len(volume), 1, volume.shape[2])
     share = torch.rand(shape, generator=generator, dtype=precise, device=generator.device).to(volume.device)
     low, high = (x.to(precise) for x in volume.aminmax())
-    noise = torch.lerp(low, high, share).clamp_(low, high)  # rounding could step over an end by one unit
-    return noise.expand_as(volume)
+    return torch.lerp(low, high, share).expand_as(volume)

@@ -35,6 +35,7 @@ class SchedulingSettings:
         layers: decoder layers before tokens are dropped, once for each time (Photon Sec. A.2.1: a quarter of them).
             0 drops before the first layer, by that layer's own queries and keys.
         self_affinity: weigh instruction tokens by Eq. 3-4; else all alike (Table 4, without self-affinity).
+        centrality_floor: Eq. 4 divides by no less than this; the paper says by the sum, the published code has 1.
         temperature: tau_ce of Eq. 8.
         threshold: this theta for every row instead of the predictor's (training-free).
         threshold_scale: the predictor's output is multiplied by it, so that the best token always stays.
@@ -48,6 +49,7 @@ class SchedulingSettings:
 
     layers: tuple[LayerName, ...] = ("n/4",)
     self_affinity: bool = True
+    centrality_floor: float = EPS
     temperature: float = 0.2
     threshold: float | None = None
     threshold_scale: float = 0.9
@@ -132,15 +134,17 @@ class Retention:
         return at_least_one(self.valid & ~self.kept, self.valid, -self.probability)
 
 
-def instruction_weights(query: Tensor, key: Tensor, present: Tensor, self_affinity: bool = True) -> Tensor:
+def instruction_weights(
+    query: Tensor, key: Tensor, present: Tensor, self_affinity: bool = True, floor: float = EPS
+) -> Tensor:
     """How central each instruction token is among the others (Photon Eq. 3-4).
 
     Args:
         query: ``(R, Q, H, E)`` after RoPE. key: ``(R, Q, J, E)``. present: ``(R, Q)`` bool.
-        self_affinity: False weighs all present tokens alike.
+        self_affinity: False weighs all present tokens alike. floor: Eq. 4 divides by no less.
 
     Returns:
-        ``(R, Q)`` weights that sum to 1 over the present tokens; uniform where no token is drawn to another
+        ``(R, Q)`` weights that sum to 1 over the present tokens (to less under a higher floor); uniform where no token is drawn to another
         (a single token, or none but negative affinities), zero in a row without instruction.
     """
     uniform = present / present.sum(1, keepdim=True).clamp(min=1)
@@ -156,7 +160,7 @@ def instruction_weights(query: Tensor, key: Tensor, present: Tensor, self_affini
     )
     centrality = (affinity * others).sum(-1)
     total = centrality.sum(1, keepdim=True)
-    return torch.where(total > EPS, centrality / total.clamp(min=EPS), uniform)
+    return torch.where(total > EPS, centrality / total.clamp(min=floor), uniform)
 
 
 def weighted_query(query: Tensor, weights: Tensor, key_heads: int) -> Tensor:

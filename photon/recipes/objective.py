@@ -32,6 +32,7 @@ class TokenScheduling(Settings):
         default=["n/4"], description="Decoder layers before tokens are dropped, each time: numbers, n/4, 3n/4, ..."
     )
     self_affinity: bool = Field(default=True, description="Weigh instruction tokens by Eq. 3-4, else all alike.")
+    centrality_floor: float = Field(default=1e-6, gt=0, description="Eq. 4 divides by no less; 1 as published.")
     threshold: float | None = Field(default=None, ge=0, le=1, description="Fixed theta; no predictor.")
     selection: Literal["saliency", "random"] = Field(
         default="saliency", description="random: as many tokens as saliency would keep, but drawn (a control)."

@@ -100,6 +100,17 @@ def test_without_self_affinity_all_instruction_tokens_weigh_alike() -> None:
     assert found.tolist() == [[0.5, 0.5, 0], [1, 0, 0], [0, 0, 0]]
 
 
+def test_the_published_weights_divide_by_one_at_least() -> None:
+    torch.manual_seed(0)
+    query, present = torch.randn(1, 4, 2, 8) / 20, torch.ones(1, 4, dtype=torch.bool)
+    weights = instruction_weights(query, query, present)
+    floored = instruction_weights(query, query, present, floor=1.0)
+    assert weights.sum().item() == pytest.approx(1)
+    total = floored.sum().item()  # here the centralities themselves
+    assert 0 < total < 1
+    torch.testing.assert_close(floored, weights * total)
+
+
 def everything(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """All tokens are there, all rows have a question."""
     return torch.ones_like(u, dtype=torch.bool), torch.ones(len(u), dtype=torch.bool)

@@ -152,19 +152,27 @@ def test_equal_volumes_are_drawn_apart_and_other_seeds_differ(kind: Perturbation
     assert not torch.equal(first, perturb(volume, [30], kind, generator(2)))
 
 
-@pytest.mark.parametrize("kind", ["shuffle_patches", "shuffle_voxels", "keep_patches", "keep_voxels"])
-def test_every_place_is_as_likely(kind: Perturbation) -> None:
-    """Where the first of ten voxels of the first of five patches comes to lie, or which stays: each share by chance."""
-    patches, draws = numbered([5], 10), generator(7)
-    found = torch.stack([perturb(patches, [5], kind, draws) for _ in range(2000)])
-    if kind.startswith("keep"):
-        hits = (found == patches).float().mean((0, 2) if kind == "keep_patches" else (0, 1))
-    else:
-        hits = (found == 1).float().mean(0).sum(1 if kind == "shuffle_patches" else 0)
-    share = 0.1 if kind.endswith("voxels") else 0.2
-    if kind == "shuffle_patches":
-        assert len(hits) == 5
-    assert (hits - share).abs().max() < 5 * math.sqrt(share * (1 - share) / 2000)
+def test_every_order_is_as_likely() -> None:
+    """All six orders of three patches, and with voxels each beside all six orders of three positions."""
+    patches, draws, n = numbered([3], 3), generator(7), 3600
+    cases: list[tuple[Perturbation, int]] = [("shuffle_patches", 6), ("shuffle_voxels", 36)]
+    for kind, orders in cases:
+        found = Counter(tuple(perturb(patches, [3], kind, draws).flatten().tolist()) for _ in range(n))
+        assert len(found) == orders
+        spread = math.sqrt(n / orders * (1 - 1 / orders))
+        assert all(abs(count - n / orders) < 5 * spread for count in found.values())
+
+
+@pytest.mark.parametrize("kind", ["keep_patches", "keep_voxels"])
+def test_every_choice_is_as_likely(kind: Perturbation) -> None:
+    """Two of eight patches (20 % of 8 is 1.6), or two of twenty voxels: all pairs come up alike."""
+    patches, draws, n = numbered([8], 20), generator(7), 3800
+    stays = [(perturb(patches, [8], kind, draws) != 0) for _ in range(n)]
+    axis = 1 if kind == "keep_patches" else 0
+    found = Counter(tuple(same.any(axis).nonzero().flatten().tolist()) for same in stays)
+    pairs = math.comb(patches.shape[1 - axis], 2)
+    assert len(found) == pairs and all(len(pair) == 2 for pair in found)
+    assert all(abs(count - n / pairs) < 5 * math.sqrt(n / pairs) for count in found.values())
 
 
 def test_kinds_are_drawn_as_often_as_published() -> None:
@@ -177,7 +185,7 @@ def test_kinds_are_drawn_as_often_as_published() -> None:
         "zeros": 0.20,
     }
     assert {kind: p.probability for kind, p in PERTURBATIONS.items()} == published
-    draws, n = generator(11), 20_000
+    draws, n = generator(11), 10_000
     found = Counter(draw_kind(draws) for _ in range(n))
     for kind, share in published.items():
         assert abs(found[kind] - n * share) < 5 * math.sqrt(n * share * (1 - share)), kind  # type: ignore[index]
