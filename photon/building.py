@@ -63,7 +63,7 @@ def read_config(source: str | Path) -> PhotonConfig:
     except (OSError, ValueError):
         raise
     except Exception as error:  # a field of a wrong type has an error class of the hub's library
-        raise ValueError(f"config.json: {error}") from error
+        raise ValueError(f"config.json: damaged ({error}); copy it again") from error
     return config if isinstance(config, PhotonConfig) else photon_config(config.to_dict())
 
 

@@ -18,8 +18,8 @@ MODELS = ("photon", "med3dvlm", "medpruner")
 OUTSIDE_THE_PACKAGES = ("data", "benchmarks", "train.py", "eval.py")
 
 # What a released checkpoint needs to load: nothing else in model files. tokenizers and safetensors come with
-# transformers; peft is for LoRA.
-MODEL_LIBRARIES = {"torch", "transformers", "einops", "numpy", "tokenizers", "safetensors", "peft"}
+# transformers; peft is for LoRA; flash_attn is used where it is installed.
+MODEL_LIBRARIES = {"torch", "transformers", "einops", "numpy", "tokenizers", "safetensors", "peft", "flash_attn"}
 # Rooms of mllm3d and the rooms that each may import besides itself.
 GROUND = {"errors", "config", "registry", "rundirs"}
 MAY_IMPORT = {
