@@ -10,7 +10,6 @@ The decoder layers of transformers call :func:`photon_attention` through their a
 travels as a keyword argument. Without a plan (decoding with a cache) it is the library's own SDPA.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,20 +18,9 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from photon.varlen import match_heads, offsets, packed_attention
+from photon.varlen import branch_attention, packed_attention, tree_attention
 
 ATTENTION_NAME = "photon"
-
-
-def suffix_mask(prefix: int, suffixes: list[int], device: torch.device) -> Tensor:
-    """What the questions of one group may see: the whole prefix and, causally, their own tokens.
-
-    Returns:
-        ``(S, prefix + S)`` of bool, S the sum of ``suffixes``; True is visible.
-    """
-    owner = torch.repeat_interleave(torch.arange(len(suffixes)), torch.tensor(suffixes)).to(device)
-    own = (owner[:, None] == owner[None]).tril()
-    return torch.cat([own.new_ones(len(owner), prefix), own], dim=1)
 
 
 class Plan:
@@ -77,26 +65,11 @@ class RowsPlan(Plan):
         return packed_attention(query, key, value, self.lengths, True, scale)
 
 
-@dataclass
-class _Branch:
-    """One group's place in the packed order, and the mask of its questions."""
-
-    prefix: slice
-    suffix: slice
-    suffixes: list[int]
-    masks: dict[torch.device, Tensor] = field(default_factory=dict)
-
-    def mask(self, device: torch.device) -> Tensor:
-        if device not in self.masks:
-            self.masks[device] = suffix_mask(self.prefix.stop - self.prefix.start, self.suffixes, device)
-        return self.masks[device]
-
-
 class TreePlan(Plan):
     """Every group's prefix once, and its questions as branches of it.
 
     Packed order: the prefixes of all groups, then the questions group by group. With ``stored`` keys and values
-    of the prefixes by layer, only the questions pass; what is remembered has the prefixes in front.
+    of one group's prefix by layer, only its questions pass; what is remembered has the prefix in front.
     """
 
     def __init__(
@@ -108,40 +81,23 @@ class TreePlan(Plan):
         stored: dict[int, tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         super().__init__(record, watch)
-        self.prefixes = prefixes
-        self.prefix_tokens = sum(prefixes)
-        self.stored = stored
-        prefix_at = offsets(prefixes)
-        suffix_at = [self.prefix_tokens + x for x in offsets([sum(s) for s in suffixes])]
-        self.branches = [
-            _Branch(slice(prefix_at[i], prefix_at[i + 1]), slice(suffix_at[i], suffix_at[i + 1]), lengths)
-            for i, lengths in enumerate(suffixes)
-        ]
+        self.prefixes, self.suffixes, self.stored = prefixes, suffixes, stored
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         if self.stored is None:
             return super().attend(layer, query, key, value, scale)
         before = self.stored[layer]
         key, value = torch.cat([before[0], key], dim=1), torch.cat([before[1], value], dim=1)
-        query = F.pad(query, (0, 0, self.prefix_tokens, 0))
-        return super().attend(layer, query, key, value, scale)[:, self.prefix_tokens :]
+        # Nobody asks for the prefix's queries: zeros keep the places of the others.
+        whole = F.pad(query, (0, 0, self.prefixes[0], 0))
+        return super().attend(layer, whole, key, value, scale)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        end = self.prefix_tokens
-        lengths = [n for n in self.prefixes if n]
-        parts = []
-        if self.stored is not None:
-            parts.append(query[:, :end])
-        elif lengths:
-            parts.append(packed_attention(query[:, :end], key[:, :end], value[:, :end], lengths, True, scale))
-        key, value = match_heads(query, key, value)
-        for branch in self.branches:
-            k = torch.cat([key[:, branch.prefix], key[:, branch.suffix]], dim=1)
-            v = torch.cat([value[:, branch.prefix], value[:, branch.suffix]], dim=1)
-            q = query[:, branch.suffix]
-            mask = branch.mask(query.device)
-            parts.append(F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scale)[0])
-        return torch.cat(parts, dim=1)
+        if self.stored is None:
+            return tree_attention(query, key, value, self.prefixes, self.suffixes, scale)
+        ((n,), (lengths,)) = self.prefixes, self.suffixes
+        (prefix_key, own_key), (prefix_value, own_value) = ((x[:, :n], x[:, n:]) for x in (key, value))
+        return branch_attention(query[:, n:], prefix_key, prefix_value, own_key, own_value, lengths, scale)
 
 
 def photon_attention(

@@ -31,6 +31,11 @@ PIXELS: dict[str, PixelScale] = {
 """What the backbones were trained on, by the ``model_type`` of their vision configuration."""
 
 
+def usual_pixels(channels: int, backbone: str = "qwen2_5_vl_vision") -> PixelScale:
+    """Scale of images and videos: the backbone's for its three channels, else [0, 1], as Photon's volumes have it."""
+    return PIXELS[backbone] if channels == len(PIXELS[backbone]) else [Scale(0.0, 1.0)] * channels
+
+
 class PatchEmbedding(nn.Module):
     """One linear map per patch: ``(N, C d h w) -> (N, V)``.
 
@@ -50,28 +55,32 @@ def patchify(volume: Tensor, geometry: PatchGeometry) -> tuple[Tensor, Size3]:
     """Cut a volume into patches, in the order in which the vision tower merges them.
 
     Args:
-        volume: ``(D, H, W)`` in model units. It is padded behind its end with its minimum (air) up to whole
-            patches and merge groups, so any size works.
+        volume: ``(D, H, W)`` in model units, the same for every channel, or ``(C, D, H, W)``. It is padded behind its
+            end with its minimum (air) up to whole patches and merge groups, so any size works.
 
     Returns:
         ``(N, C d h w)`` patches and the grid (depth, height, width) in patches.
 
     Raises:
-        ValueError: the volume does not have three axes.
+        ValueError: the volume has other axes, or another number of channels.
     """
-    if volume.ndim != 3:
-        raise ValueError(f"volume: {volume.ndim} axes, expected (depth, height, width)")
-    grid = geometry.grid((volume.shape[0], volume.shape[1], volume.shape[2]))
+    if volume.ndim not in (3, 4):
+        raise ValueError(f"volume: {volume.ndim} axes, expected (depth, height, width), channels before them or none")
+    volume = volume if volume.ndim == 4 else volume[None]
+    if len(volume) not in (1, geometry.channels):
+        raise ValueError(f"volume: {len(volume)} channels, expected 1 or {geometry.channels}")
+    shape = (volume.shape[1], volume.shape[2], volume.shape[3])
+    grid = geometry.grid(shape)
     (depth, height, width), frame = geometry.size, geometry.slices_per_frame
     full = (grid[0] * depth * frame, grid[1] * height, grid[2] * width)
-    if tuple(volume.shape) != full:
-        pad = [n for have, want in zip(reversed(volume.shape), reversed(full), strict=True) for n in (0, want - have)]
+    if shape != full:
+        pad = [n for have, want in zip(reversed(shape), reversed(full), strict=True) for n in (0, want - have)]
         volume = F.pad(volume, pad, value=float(volume.min()))
     if frame > 1:
-        volume = rearrange(volume, "(t f) h w -> t f h w", f=frame).mean(1)
+        volume = rearrange(volume, "c (t f) h w -> c t f h w", f=frame).mean(2)
     patches = rearrange(
         volume,
-        "(t d) (gh mh h) (gw mw w) -> (t gh gw mh mw) 1 (d h w)",
+        "c (t d) (gh mh h) (gw mw w) -> (t gh gw mh mw) c (d h w)",
         d=depth, h=height, w=width, mh=geometry.merge, mw=geometry.merge,
     )  # fmt: skip
     return patches.expand(-1, geometry.channels, -1).flatten(1), grid

@@ -1,4 +1,4 @@
-"""From volumes and chat messages to the tensors that Photon takes."""
+"""From volumes, images, videos and chat messages to the tensors that Photon takes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,26 +10,43 @@ from torch import Tensor
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from photon.background import body_tokens
 from photon.configuration_photon import PhotonConfig
-from photon.geometry import PatchGeometry
+from photon.geometry import PatchGeometry, Size3
+from photon.media import PixelReader
 from photon.packing import IGNORE
-from photon.patch_embedding import patchify
+from photon.patch_embedding import PixelScale, Scale, patchify, usual_pixels
 
+Array = np.ndarray | Tensor
 Messages = list[dict[str, str]]
 VOLUME_TEXT = "<|vision_start|><|video_pad|><|vision_end|>"
+"""Stands for an image too: the model replaces the embedding of ``<|video_pad|>``, so nothing hangs on its id."""
 
 
 @dataclass
 class VolumeChats:
-    """One volume (or a prior and a current one) and the conversations about it.
+    """What conversations are about (mostly one volume, or a prior and a current one), and the conversations.
 
     Attributes:
         volumes: ``(D, H, W)`` arrays in model units, the current scan last.
-        chats: conversations of ``{"role", "content"}``; the volumes stand before the first user text.
+        chats: conversations of ``{"role", "content"}``. Volumes, then images, then videos stand before the first
+            user text.
+        images: ``(H, W)`` or ``(H, W, 3)`` uint8 arrays. videos: ``(T, H, W)`` or ``(T, H, W, 3)``.
     """
 
-    volumes: Sequence[np.ndarray | Tensor]
+    volumes: Sequence[Array]
     chats: list[Messages]
+    images: Sequence[Array] = ()
+    videos: Sequence[Array] = ()
+
+
+@dataclass
+class _Cut:
+    """Patches of those tokens that are ``present``, a bool for each token of the whole ``grid``."""
+
+    patches: Tensor
+    grid: Size3
+    present: Tensor
 
 
 class PhotonProcessor(ProcessorMixin):
@@ -37,6 +54,11 @@ class PhotonProcessor(ProcessorMixin):
 
     Attributes:
         patch_size, channels, merge_size, slices_per_frame: see :class:`photon.geometry.PatchGeometry`.
+        pixel_mean, pixel_std: scale of images and videos by channel, ``(x / 255 - mean) / std``. See
+            :func:`photon.patch_embedding.usual_pixels` for what they are by default.
+        min_pixels, max_pixels: size of an image or a video's frame; outside of it they are resized.
+        skip_background: leave out tokens of volumes that are air outside of the body: voxels up to this value, in
+            model units, are air. None leaves out nothing.
     """
 
     tokenizer_class = "AutoTokenizer"
@@ -49,18 +71,48 @@ class PhotonProcessor(ProcessorMixin):
         merge_size: int = 2,
         slices_per_frame: int = 1,
         chat_template: str | None = None,
+        pixel_mean: Sequence[float] | None = None,
+        pixel_std: Sequence[float] | None = None,
+        min_pixels: int = 56 * 56,
+        max_pixels: int = 28 * 28 * 1280,
+        skip_background: float | None = None,
     ) -> None:
         self.patch_size = list(patch_size)
         self.channels = channels
         self.merge_size = merge_size
         self.slices_per_frame = slices_per_frame
+        usual = usual_pixels(channels)
+        self.pixel_mean = [s.mean for s in usual] if pixel_mean is None else list(pixel_mean)
+        self.pixel_std = [s.std for s in usual] if pixel_std is None else list(pixel_std)
+        self.min_pixels = min_pixels
+        self.max_pixels = max_pixels
+        self.skip_background = skip_background
         super().__init__(tokenizer, chat_template=chat_template)
 
     @classmethod
-    def from_config(cls, config: PhotonConfig, tokenizer: Any) -> "PhotonProcessor":
-        """The processor that fits a model."""
+    def from_config(
+        cls,
+        config: PhotonConfig,
+        tokenizer: Any,
+        pixels: PixelScale | None = None,
+        skip_background: float | None = None,
+    ) -> "PhotonProcessor":
+        """The processor that fits a model.
+
+        ``pixels``: scale of images and videos; for a model that reads grey volumes it should be that of the volumes.
+        """
         patches = config.patches
-        return cls(tokenizer, patches.size, patches.channels, patches.merge, patches.slices_per_frame)
+        pixels = pixels or usual_pixels(patches.channels, config.vision_config.model_type)
+        return cls(
+            tokenizer,
+            patches.size,
+            patches.channels,
+            patches.merge,
+            patches.slices_per_frame,
+            pixel_mean=[scale.mean for scale in pixels],
+            pixel_std=[scale.std for scale in pixels],
+            skip_background=skip_background,
+        )
 
     @property
     def geometry(self) -> PatchGeometry:
@@ -68,22 +120,31 @@ class PhotonProcessor(ProcessorMixin):
         depth, height, width = self.patch_size
         return PatchGeometry((depth, height, width), self.channels, self.merge_size, self.slices_per_frame)
 
+    @property
+    def reader(self) -> PixelReader:
+        """How images and videos are cut."""
+        scale = [Scale(*s) for s in zip(self.pixel_mean, self.pixel_std, strict=True)]
+        return PixelReader(self.geometry, scale, self.min_pixels, self.max_pixels)
+
     def __call__(
         self,
-        volumes: Sequence[np.ndarray | Tensor] | None = None,
+        volumes: Sequence[Array] | None = None,
         messages: Messages | list[Messages] | None = None,
         padding_side: str = "left",
+        images: Sequence[Array] = (),
+        videos: Sequence[Array] = (),
     ) -> BatchFeature:
         """Conversations about one volume (or a prior and a current one), ready for ``generate``.
 
         Args:
             volumes: ``(D, H, W)`` arrays in model units, the current scan last; none for plain text.
             messages: one conversation, or several about the same volumes.
+            images, videos: uint8, see :class:`VolumeChats`.
         """
         if not messages:
             raise ValueError("messages: at least one conversation is needed")
         chats = [messages] if isinstance(messages[0], dict) else messages
-        batch = self.batch([VolumeChats(volumes or [], list(chats))], padding_side)
+        batch = self.batch([VolumeChats(volumes or [], list(chats), images, videos)], padding_side)
         del batch["labels"]
         return BatchFeature(batch)
 
@@ -93,25 +154,42 @@ class PhotonProcessor(ProcessorMixin):
         A last message by the assistant is a target: its tokens and the end of its turn become labels.
 
         Returns:
-            ``input_ids``, ``attention_mask``, ``labels``, ``group_index``, and with volumes
-            ``pixel_values_videos`` and ``video_grid_thw`` (see ``PhotonForConditionalGeneration.forward``).
+            ``input_ids``, ``attention_mask``, ``labels``, ``group_index``, and with volumes, images or videos
+            ``pixel_values_videos`` and ``video_grid_thw`` of all of them, and with ``skip_background`` also
+            ``token_index`` (see ``PhotonForConditionalGeneration.forward``).
+
+        Raises:
+            ValueError: an image or video is not as :class:`VolumeChats` says.
         """
         rows: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
-        patches, grids = [], []
+        cuts: list[_Cut] = []
         for g, group in enumerate(groups):
-            cut = [patchify(torch.as_tensor(v), self.geometry) for v in group.volumes]
-            patches += [p for p, _ in cut]
-            grids += [grid for _, grid in cut]
-            counts = [t * h * w // self.merge_size**2 for _, (t, h, w) in cut]
+            cut = self._cut(group)
+            cuts += cut
+            counts = [int(c.present.sum()) for c in cut]
             rows += [self._row(chat, counts) for chat in group.chats]
             owners += [g] * len(group.chats)
         batch = self._pad(rows, padding_side)
         batch["group_index"] = torch.tensor(owners)
-        if patches:
-            batch["pixel_values_videos"] = torch.cat(patches)
-            batch["video_grid_thw"] = torch.tensor(grids)
+        if cuts:
+            batch["pixel_values_videos"] = torch.cat([c.patches for c in cuts])
+            batch["video_grid_thw"] = torch.tensor([c.grid for c in cuts])
+            if self.skip_background is not None:
+                batch["token_index"] = torch.cat([c.present for c in cuts]).nonzero()[:, 0]
         return batch
+
+    def _cut(self, group: VolumeChats) -> list[_Cut]:
+        """A group's volumes, images and videos."""
+        merge, reader = self.merge_size, self.reader
+        volumes = [patchify(torch.as_tensor(volume), self.geometry) for volume in group.volumes]
+        pixels = [*map(reader.image, group.images), *map(reader.video, group.videos)]
+        cuts = [_Cut(p, grid, torch.ones(len(p) // merge**2, dtype=torch.bool)) for p, grid in volumes + pixels]
+        if self.skip_background is not None:
+            for cut in cuts[: len(volumes)]:
+                cut.present = body_tokens(cut.patches, cut.grid, merge, self.skip_background)
+                cut.patches = cut.patches[cut.present.repeat_interleave(merge**2)]
+        return cuts
 
     def _row(self, chat: Messages, counts: list[int]) -> tuple[list[int], list[int]]:
         """Token ids and labels of one conversation about volumes of ``counts`` tokens."""

@@ -144,8 +144,9 @@ def instruction_weights(
         self_affinity: False weighs all present tokens alike. floor: Eq. 4 divides by no less.
 
     Returns:
-        ``(R, Q)`` weights that sum to 1 over the present tokens (to less under a higher floor); uniform where no token is drawn to another
-        (a single token, or none but negative affinities), zero in a row without instruction.
+        ``(R, Q)`` weights that sum to 1 over the present tokens (to less under a higher floor); uniform where no
+        token is drawn to another (a single token, or none but negative affinities), zero in a row without
+        instruction.
     """
     uniform = present / present.sum(1, keepdim=True).clamp(min=1)
     if not self_affinity:

@@ -23,8 +23,8 @@ class RawAnswer:
     """The answer to one question.
 
     text: the decoded answer, special tokens removed and stripped.
-    tokens_before, tokens_after: visual tokens of all volumes that enter the language model, and those that
-        remain after the scheduling layer (equal where nothing is dropped).
+    tokens_before, tokens_after: visual tokens of all volumes (background that was left out counts), and those
+        that remain after the scheduling layer.
     new_tokens: generated tokens, the end token included.
     seconds_first: wall time until this question's first token, the (shared) encoding of the volumes included.
     seconds_total: wall time until its last token.

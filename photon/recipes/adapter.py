@@ -21,7 +21,6 @@ from photon.modeling_photon import PhotonForConditionalGeneration
 from photon.processing_photon import PhotonProcessor
 from photon.recipes.base import chat, read_checkpoint
 
-
 NOISE = 0.1
 """Thresholds of the mode `noisy` are off by up to 10 % (Photon A.2.7)."""
 
@@ -89,7 +88,8 @@ class PhotonAdapter:
         new = generated[:, inputs["input_ids"].shape[1] :].tolist()
         ends = [_length(row, self.processor.tokenizer.eos_token_id) for row in new]
         total = sum(self.processor.geometry.tokens(v.shape) for v in volumes)
-        kept = decided or [np.ones(total, bool)] * len(questions)
+        entered: list[Any] = list(decided) or [None] * len(questions)
+        kept = [_on_grid(k, inputs.get("token_index"), total) for k in entered]
         texts = self.processor.tokenizer.batch_decode(
             [r[:n] for r, n in zip(new, ends, strict=True)], skip_special_tokens=True
         )
@@ -131,6 +131,13 @@ def _decisions(model: nn.Module) -> Iterator[list[np.ndarray]]:
         yield kept
     finally:
         handle.remove()
+
+
+def _on_grid(kept: np.ndarray | None, token_index: Tensor | None, total: int) -> np.ndarray:
+    """Which of the volumes' ``total`` tokens stayed, from those of them that entered the model; None: all these."""
+    mask = np.zeros(total, bool)
+    mask[slice(None) if token_index is None else token_index.cpu().numpy()] = True if kept is None else kept
+    return mask
 
 
 def _digest(volumes: Sequence[np.ndarray], whole: bool) -> bytes:

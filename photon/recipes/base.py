@@ -86,7 +86,10 @@ class PhotonRecipe(Recipe):
 
     def adopt(self, model: PhotonForConditionalGeneration, tokenizer: Any) -> None:
         """Make batches for this model from now on."""
-        self.processor = PhotonProcessor.from_config(model.config, tokenizer)
+        volume = self.config.volume
+        pixels = [Scale(volume.mean, volume.std)] if model.config.patches.channels == 1 else None
+        background = getattr(self.config.model, "skip_background", None)
+        self.processor = PhotonProcessor.from_config(model.config, tokenizer, pixels, background)
         self.layout_config = model.config
 
     def initial_config(self) -> PhotonConfig:
@@ -133,8 +136,10 @@ class PhotonRecipe(Recipe):
             # Under ZeRO-3 every rank must run the vision tower: an empty token, which the model multiplies by 0.
             grids = [[1, merge, merge]]
             batch["pixel_values_videos"] = torch.zeros(merge**2, config.patches.voxels)
+        index = batch.pop("token_index", None)
         return {
             **batch,
+            "token_index": None if index is None else index.tolist(),  # stays on the host
             "grids": grids,
             "patch_counts": counts,
             "volumes": len(items),

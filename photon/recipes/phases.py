@@ -21,6 +21,10 @@ from photon.recipes.objective import Objective, ObjectiveSettings, TokenScheduli
 from photon.scheduling import SchedulingSettings
 from photon.stream import LossWeights
 
+SKIP_BACKGROUND: Any = Field(
+    default=None, description="Tokens of air around the body, up to this value in model units, are left out."
+)
+
 
 class Phase1Settings(Settings):
     """Phase 1 (Photon A.1.1): only the 3D patch embedding learns."""
@@ -32,6 +36,7 @@ class Phase1Settings(Settings):
         description="Start from the backbone's kernel (inflate) or at random (fresh, published).",
     )
     temporal_step: float | None = Field(default=None, description="Rotary steps per slab; 2 per slice by default.")
+    skip_background: float | None = SKIP_BACKGROUND
 
 
 class Phase1(PhotonRecipe):
@@ -75,9 +80,11 @@ class Phase1(PhotonRecipe):
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
     """What the model's forward takes of a batch."""
-    names = ("input_ids", "pixel_values_videos", "token_index", "layout")
-    inputs = {name: batch[name] for name in names if name in batch}
-    return {**inputs, "video_grid_thw": torch.tensor(batch["grids"])}
+    inputs = {name: batch[name] for name in ("input_ids", "pixel_values_videos", "layout")}
+    inputs["video_grid_thw"] = torch.tensor(batch["grids"])
+    if batch["token_index"] is not None:
+        inputs["token_index"] = torch.tensor(batch["token_index"])
+    return inputs
 
 
 class Phase2Settings(ObjectiveSettings):
@@ -91,6 +98,7 @@ class Phase2Settings(ObjectiveSettings):
     )
     vision_lr: float | None = Field(default=None, gt=0, description="Rate of the vision tower. None: the common one.")
     predictor_lr: float | None = Field(default=None, gt=0, description="Rate of the threshold predictors.")
+    skip_background: float | None = SKIP_BACKGROUND
     scheduling: TokenScheduling | None = Field(
         default=TokenScheduling(), description="Token scheduling. None: every token is kept, without a predictor."
     )

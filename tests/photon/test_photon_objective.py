@@ -142,3 +142,18 @@ def test_phase2_without_phase1_renews_the_patch_embedding(recipes: Recipes, back
     module: Any = recipe.build()
     assert module.config.patches.size == (4, 4, 4) and module.config.patches.channels == 1
     assert recipe.initial_config().patches == module.config.patches
+
+
+def test_background_can_be_left_out_of_training(start: Any) -> None:
+    recipe, module = start(skip_background=-0.99)
+    airy = items()
+    for item in airy:
+        item.volumes[0].array[:, :, 12:] = -1.0  # half of the 48 tokens are air up to the border
+    batch = recipe.collate(airy)
+    assert len(batch["token_index"]) == 24 * 2 and batch["patch_counts"] == [24, 24]
+    for robustness in (NEVER, ALWAYS):
+        recipe, module = start(skip_background=-0.99, robustness=robustness)
+        output, seen = step(recipe, module, chosen=airy)
+        assert len(seen["output"].visual_embeds) == 48
+        assert all(term.value.isfinite() for term in output.terms.values())
+    assert recipe.processor.skip_background == -0.99
