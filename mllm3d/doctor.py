@@ -81,13 +81,13 @@ def attention_backends() -> str:
     """Ways to compute attention here, the default first."""
     import torch
 
-    found = ["sdpa"]
+    found = []
     if torch.cuda.is_available():
-        if importlib.util.find_spec("torch.nn.attention.varlen"):
-            found.append("torch varlen")
         if importlib.util.find_spec("flash_attn"):
             found.append("flash-attn 2")
-    return ", ".join(found)
+        if importlib.util.find_spec("torch.nn.attention.varlen"):
+            found.append("torch varlen")
+    return ", ".join([*found, "sdpa"])
 
 
 def deepspeed_ops() -> str:

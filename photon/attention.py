@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from photon.varlen import branch_attention, packed_attention, tree_attention
+from photon.varlen import packed_attention, tree_attention
 
 ATTENTION_NAME = "photon"
 
@@ -93,11 +93,8 @@ class TreePlan(Plan):
         return super().attend(layer, whole, key, value, scale)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        if self.stored is None:
-            return tree_attention(query, key, value, self.prefixes, self.suffixes, scale)
-        ((n,), (lengths,)) = self.prefixes, self.suffixes
-        (prefix_key, own_key), (prefix_value, own_value) = ((x[:, :n], x[:, n:]) for x in (key, value))
-        return branch_attention(query[:, n:], prefix_key, prefix_value, own_key, own_value, lengths, scale)
+        first = 0 if self.stored is None else self.prefixes[0]
+        return tree_attention(query[:, first:], key, value, self.prefixes, self.suffixes, scale)
 
 
 def photon_attention(

@@ -22,7 +22,9 @@ from pydantic_core import PydanticUndefined
 from mllm3d import cli, registry
 from mllm3d.config import Settings, load, sections
 from mllm3d.data.manifest import Row
+from photon.building import patched_config, photon_config
 from photon.configuration_photon import BACKBONES
+from photon.flops import forward_flops
 from photon.recipes import backbone, phases
 from tests.docs_shell import PROGRAMS, ROOT, Shell, open_shell
 
@@ -103,6 +105,7 @@ python eval.py --config quickstart/phase2 evaluation.modes=[scheduled]
 mllm3d release runs/quickstart/phase2 runs/quickstart/release
 cp -r runs/quickstart/phase2 runs/photon_phase2
 cp runs/quickstart/data/volumes/case_01199.nii.gz CT.nii.gz
+cp CT.nii.gz CT_earlier.nii.gz
 mkdir datasets my_data
 ln -s ../runs/quickstart/data datasets/3d_rad
 ln -s ../runs/quickstart/data/volumes my_data/volumes
@@ -236,12 +239,31 @@ def test_each_equation_has_its_function() -> None:
     table = (ROOT / "docs" / "photon.md").read_text().partition("## Equations")[2].partition("\n## ")[0]
     rows = [line.split("|") for line in table.splitlines() if line.startswith("| ") and "Eq." in line]
     numbers = {int(number) for row in rows for number in re.findall(r"\d+", row[1].partition("A.")[0])}
-    assert numbers == set(range(1, 19))
+    assert numbers == set(range(1, 22))
     for row in rows:
         names = re.findall(r"`([\w.]+)`", row[3])
         assert names, row
         for name in names:
             assert callable(resolve(name)), name
+
+
+def test_dropping_and_sharing_cost_what_counting_says() -> None:
+    """The table of docs/photon.md: FLOPs with dropping over those with all layers shared."""
+    text = (ROOT / "docs" / "photon.md").read_text().partition("(`photon.flops.forward_flops`):")[2]
+    rows = [re.findall(r"[\d.]+", line) for line in text.splitlines() if re.match(r"\| \d", line)]
+    config = patched_config(photon_config(BACKBONES["Qwen/Qwen2.5-VL-3B-Instruct"]), (14, 14, 14), 1)
+    shape, questions = (140, 280, 280), (1, 2, 4, 8, 16)
+    assert len(rows) == 2
+    for rate, *shown in rows:
+        dropped = [forward_flops(config, shape, k, 48, 8, float(rate)) for k in questions]
+        shared = [forward_flops(config, shape, k, 48, 8, None) for k in questions]
+        assert shown == [f"{a / b:.2f}" for a, b in zip(dropped, shared, strict=True)]
+
+
+def test_each_config_of_a_real_run_belongs_to_a_table() -> None:
+    named = quoted(ROOT / "docs" / "reproduce.md")
+    configs = [f"configs/{name}" for name in CONFIGS if not name.startswith("quickstart/")]
+    assert [name for name in configs if name not in named] == []
 
 
 @page

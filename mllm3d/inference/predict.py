@@ -2,9 +2,12 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from mllm3d.data.preprocess import Prepared
 from mllm3d.data.volumes import Volume, read_volume
 from mllm3d.errors import UserError
 from mllm3d.inference.adapter import Mode
@@ -15,8 +18,11 @@ DRAWABLE, NIFTI = (".png",), (".nii", ".nii.gz")
 
 
 def predict_command(args: argparse.Namespace) -> int:
-    """Print what `predict` returns. Reads from args: checkpoint, volume, question, prior, modality, mode,
-    max_new_tokens, device, json, evidence, evidence_nifti."""
+    """Print what `predict` returns: as JSON, or the answer on stdout and the files written on stderr.
+
+    Reads from args: checkpoint, volume, question, prior, modality, mode, max_new_tokens, device, json, evidence,
+    evidence_nifti.
+    """
     output = predict(
         args.checkpoint,
         args.volume,
@@ -29,7 +35,12 @@ def predict_command(args: argparse.Namespace) -> int:
         evidence=args.evidence,
         evidence_nifti=args.evidence_nifti,
     )
-    print(json.dumps(output, ensure_ascii=False, indent=2) if args.json else output["answer"])
+    if args.json:
+        print(json.dumps(output, ensure_ascii=False, indent=2))
+        return 0
+    print(output["answer"])
+    for path in output["evidence"]:
+        print(f"wrote {path}", file=sys.stderr)
     return 0
 
 
@@ -45,34 +56,73 @@ def predict(
     device: str | None = None,
     evidence: Path | None = None,
     evidence_nifti: Path | None = None,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Answer one question and write the evidence files that were asked for.
 
     prior: an earlier scan of the same patient, shown to the model before `volume`. modality: `ct` or `mr`.
-    Returns what `--json` prints: answer, keep_rate, tokens before and after, seconds, checkpoint, volume.
+    evidence, evidence_nifti: PNG and NIfTI of the tokens of `volume` that stayed; those of a prior scan are written
+    beside them, with `_prior` before the suffix.
+    Returns what `--json` prints: answer, keep_rate, tokens before and after, seconds, checkpoint, volume, evidence.
     """
     if not question.strip():
         raise UserError("--question: empty; ask something")
-    for path, suffixes, key in (
-        (evidence, DRAWABLE, "--evidence"),
-        (evidence_nifti, NIFTI, "--evidence-nifti"),
-    ):
-        _check_output(path, suffixes, key)
-    scans = [read_volume(path) for path in (prior, volume) if path is not None]
+    paths = [volume] if prior is None else [prior, volume]
+    pictures = _outputs(evidence, DRAWABLE, "--evidence", paths)
+    masks = _outputs(evidence_nifti, NIFTI, "--evidence-nifti", paths)
+    scans = [read_volume(path) for path in paths]
     predictor = Predictor.load(checkpoint, device)
     prepared = [predictor.prepare(scan, modality.upper()) for scan in scans]
     answer = predictor.answer(prepared, [question], mode, max_new_tokens)[0]
-    if evidence or evidence_nifti:
-        shapes: list[tuple[int, int, int]] = [item.array.shape for item in prepared]
-        mask = boxes_to_mask(predictor.kept_boxes(answer, shapes), shapes[-1])
-        if evidence_nifti:
-            write_nifti(mask, prepared[-1], evidence_nifti)
-        if evidence:
-            draw(scans[-1], prepared[-1], mask, _title(question, answer), evidence)
-    return _report(answer, predictor, scans)
+    if pictures or masks:
+        _write_evidence(predictor, question, answer, scans, prepared, pictures, masks)
+    return {**_report(answer, predictor, scans), "evidence": [str(file) for file in (*pictures, *masks)]}
 
 
-def _report(answer: Answer, predictor: Predictor, scans: Sequence[Volume]) -> dict[str, object]:
+def _outputs(path: Path | None, suffixes: tuple[str, ...], key: str, scans: Sequence[Path]) -> list[Path]:
+    """A file for each scan, none if none was asked for; what is wrong with one is said before the model runs."""
+    if path is None:
+        return []
+    if not path.name.endswith(suffixes):
+        raise UserError(f"{key} {path}: must end in {' or '.join(suffixes)}")
+    files = [path] if len(scans) == 1 else [of_prior(path), path]
+    for file in files:
+        if not file.absolute().parent.is_dir():
+            raise UserError(f"{key} {file}: its folder does not exist; create it first")
+        if any(file.resolve() == scan.resolve() for scan in scans):
+            raise UserError(f"{key} {file}: would be written over a scan; choose another name")
+    return files
+
+
+def of_prior(path: Path) -> Path:
+    """Where a prior scan's evidence goes: `kept.png` -> `kept_prior.png`, `kept.nii.gz` -> `kept_prior.nii.gz`."""
+    suffix = next(suffix for suffix in (*DRAWABLE, *NIFTI) if path.name.endswith(suffix))
+    return path.with_name(f"{path.name.removesuffix(suffix)}_prior{suffix}")
+
+
+def _write_evidence(
+    predictor: Predictor,
+    question: str,
+    answer: Answer,
+    scans: Sequence[Volume],
+    prepared: Sequence[Prepared],
+    pictures: Sequence[Path],
+    masks: Sequence[Path],
+) -> None:
+    """Each scan's own files, with its own count of tokens."""
+    shapes: list[tuple[int, int, int]] = [item.array.shape for item in prepared]
+    names = [""] if len(scans) == 1 else ["prior scan: ", "current scan: "]
+    for index, (scan, item) in enumerate(zip(scans, prepared, strict=True)):
+        boxes = predictor.kept_boxes(answer, shapes, index)
+        mask = boxes_to_mask(boxes, shapes[index])
+        if masks:
+            write_nifti(mask, item, masks[index])
+        if pictures:
+            tokens = len(predictor.adapter.token_boxes(shapes[index]))
+            title = _title(question, answer, f"{names[index]}{len(boxes)} of {tokens} tokens kept")
+            draw(scan, item, mask, title, pictures[index])
+
+
+def _report(answer: Answer, predictor: Predictor, scans: Sequence[Volume]) -> dict[str, Any]:
     further = answer.seconds_per_further_token
     return {
         "answer": answer.text,
@@ -88,16 +138,5 @@ def _report(answer: Answer, predictor: Predictor, scans: Sequence[Volume]) -> di
     }
 
 
-def _title(question: str, answer: Answer) -> str:
-    kept = f"{answer.tokens_after} of {answer.tokens_before} tokens kept"
-    return f"{question}\n{answer.text}   ({kept})".replace("$", r"\$")  # no mathtext
-
-
-def _check_output(path: Path | None, suffixes: tuple[str, ...], key: str) -> None:
-    """Say so before the model runs, not after."""
-    if path is None:
-        return
-    if not path.name.endswith(suffixes):
-        raise UserError(f"{key} {path}: must end in {' or '.join(suffixes)}")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{key} {path}: its folder does not exist; create it first")
+def _title(question: str, answer: Answer, count: str) -> str:
+    return f"{question}\n{answer.text}   ({count})".replace("$", r"\$")  # no mathtext

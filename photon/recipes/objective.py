@@ -137,5 +137,12 @@ class Objective:
             terms["flip"] = Term(s.flip.weight * torch.where(seen, flip_loss(flipped), 0).sum(), "label_tokens")
         if "band" in named and self.banded and output.mean_probability is not None:
             outside = band_loss(output.mean_probability, s.band.low, s.band.high).mean(1)
-            terms["band"] = Term(s.band.weight * outside.sum(), "questions")
+            terms["band"] = Term(s.band.weight * torch.where(sees(layout), outside, 0).sum(), "questions")
         return terms
+
+
+def sees(layout: Layout) -> Tensor:
+    """`(R)` bool, which rows have a volume, in the order of the input."""
+    found = torch.empty(layout.rows, dtype=torch.bool, device=layout.visual_at.device)
+    found[layout.row_order] = (layout.visual_at >= 0).any(1)
+    return found

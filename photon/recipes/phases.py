@@ -17,7 +17,7 @@ from photon.losses import band_loss
 from photon.modeling_photon import Reduction
 from photon.packing import Layout
 from photon.recipes.base import PatchSize, PhotonRecipe, from_step, on_meta, token_metrics
-from photon.recipes.objective import Objective, ObjectiveSettings, TokenScheduling
+from photon.recipes.objective import Objective, ObjectiveSettings, TokenScheduling, sees
 from photon.scheduling import SchedulingSettings
 from photon.stream import LossWeights
 
@@ -204,12 +204,13 @@ class Phase2(PhotonRecipe):
         metrics |= token_metrics(output.token_losses, output.logits, layout.targets)
         if output.mean_probability is None:
             return metrics | {"keep_rate": (1.0, 1.0)}
-        rows = float(layout.rows)
+        seen = sees(layout)
+        rows = seen.sum()
         if objective.banded:
             band = self.settings.band
             outside = band_loss(output.mean_probability.detach(), band.low, band.high)
-            metrics["band_triggered"] = ((outside > 0).any(1).sum(), rows)
+            metrics["band_triggered"] = (((outside > 0).any(1) & seen).sum(), rows)
         hard = reduction == "hard"
         kept = output.kept if hard else layout.visual_at >= 0
-        metrics["keep_rate"] = (output.keep_rate.sum() if hard else rows, rows)
+        metrics["keep_rate"] = (torch.where(seen, output.keep_rate, 0).sum() if hard else rows, rows)
         return metrics | {"kept_tokens": (kept.sum(), rows)}

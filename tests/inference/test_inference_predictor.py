@@ -2,20 +2,23 @@
 
 import json
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import nibabel
 import numpy as np
 import pytest
 
-from mllm3d import registry
+from mllm3d import cli, registry
 from mllm3d.config import VolumeConfig
 from mllm3d.data.volumes import read_volume
 from mllm3d.errors import UserError
+from mllm3d.inference.adapter import Mode
 from mllm3d.inference.checkpoint import fingerprint, open_checkpoint
-from mllm3d.inference.predict import predict, predict_command
+from mllm3d.inference.predict import of_prior, predict, predict_command
 from mllm3d.inference.predictor import Predictor, looks_like_hu
-from tests.inference.fake_adapter import NAME, write_model
+from tests.inference.fake_adapter import NAME, FakeAdapter, write_model
 
 CONFIG = VolumeConfig(window_hu=(-1000.0, 1000.0), shape=(8, 8, 8), flip=("W",))
 
@@ -162,23 +165,103 @@ def test_text_output_is_the_answer_alone(tmp_path: Path, released: Path, capsys:
 def test_json_output_and_evidence(tmp_path: Path, released: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = scan(tmp_path / "ct.nii.gz")
     files = {"evidence": tmp_path / "out.png", "evidence_nifti": tmp_path / "kept.nii.gz"}
-    predict_command(arguments(released, path, prior=path, json=True, **files))
-    output = json.loads(capsys.readouterr().out)
-    assert output == {
+    predict_command(arguments(released, path, json=True, **files))
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {
         "answer": "Yes",
         "keep_rate": 0.5,
-        "tokens_before": 16,
-        "tokens_after": 8,
+        "tokens_before": 8,
+        "tokens_after": 4,
         "seconds_to_first_token": 0.25,
         "seconds_per_further_token": 0.1,
         "device": "cpu",
         "checkpoint": "released",
         "volume": str(path),
-        "prior": str(path),
+        "prior": None,
+        "evidence": [str(file) for file in files.values()],
     }
+    assert captured.err == ""
     assert files["evidence"].stat().st_size > 10_000
     kept = np.asarray(nibabel.load(files["evidence_nifti"]).dataobj)
-    assert kept[8:, 8:, 8:].all()
+    assert kept[8:, 8:, 8:].all() and kept.mean() == 0.5
+
+
+@pytest.fixture
+def titles(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Those of the pictures that are drawn."""
+    from matplotlib.figure import Figure
+
+    found: list[str] = []
+    original = Figure.suptitle
+
+    def suptitle(figure: Figure, text: str, **options: Any) -> object:
+        found.append(text)
+        return original(figure, text, **options)
+
+    monkeypatch.setattr(Figure, "suptitle", suptitle)
+    yield found
+
+
+def test_a_prior_scan_has_evidence_of_its_own(
+    tmp_path: Path, released: Path, titles: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eight tokens each; of all sixteen the brighter half stays, most of it in one of the scans."""
+    dark, bright = scan(tmp_path / "dark.nii.gz", high=300), scan(tmp_path / "bright.nii.gz")
+    files = {"evidence": tmp_path / "out.png", "evidence_nifti": tmp_path / "kept.nii.gz"}
+    predict_command(arguments(released, bright, prior=dark, **files))
+    captured = capsys.readouterr()
+    written = [tmp_path / name for name in ("out_prior.png", "out.png", "kept_prior.nii.gz", "kept.nii.gz")]
+    assert captured.out == "Yes\n"
+    assert captured.err.splitlines() == [f"wrote {file}" for file in written]
+    assert all(file.is_file() for file in written)
+    kept = {name: np.asarray(nibabel.load(tmp_path / name).dataobj) for name in ("kept.nii.gz", "kept_prior.nii.gz")}
+    assert kept["kept.nii.gz"][8:, 8:, 8:].all()
+    # What each picture says is what its own mask shows: a token is an eighth of the scan.
+    stayed = [round(8 * float(mask.mean())) for mask in kept.values()]
+    assert sum(stayed) == 8 and len(set(stayed)) == 2
+    current, prior = stayed
+    assert titles == [
+        f"Anything bright?\nYes   (prior scan: {prior} of 8 tokens kept)",
+        f"Anything bright?\nYes   (current scan: {current} of 8 tokens kept)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "prior"),
+    [
+        ("kept.png", "kept_prior.png"),
+        ("kept.nii", "kept_prior.nii"),
+        ("kept.nii.gz", "kept_prior.nii.gz"),
+        ("a.png.nii.gz", "a.png_prior.nii.gz"),
+        (".nii.gz", "_prior.nii.gz"),
+    ],
+)
+def test_names_of_a_priors_evidence(name: str, prior: str) -> None:
+    assert of_prior(Path("x") / name) == Path("x") / prior
+
+
+def test_evidence_is_never_written_over_a_scan(tmp_path: Path, released: Path) -> None:
+    volume, prior = scan(tmp_path / "kept.nii.gz"), scan(tmp_path / "kept_prior.nii.gz")
+    before = [path.read_bytes() for path in (volume, prior)]
+    other = scan(tmp_path / "other.nii.gz")
+    (tmp_path / "link.nii.gz").symlink_to(prior)
+    for given in (
+        {"volume": volume, "evidence_nifti": volume},
+        {"volume": other, "prior": prior, "evidence_nifti": tmp_path / "kept.nii.gz"},  # would write kept_prior.nii.gz
+        {"volume": other, "prior": prior, "evidence_nifti": tmp_path / "link.nii.gz"},
+    ):
+        with pytest.raises(UserError, match="would be written over a scan") as error:
+            predict_command(arguments(released, **given))
+        assert one_line(error).startswith("--evidence-nifti")
+    assert [path.read_bytes() for path in (volume, prior)] == before
+
+
+def test_the_command_offers_every_mode(released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["predict", "--checkpoint", str(released), "--volume", str(scan(tmp_path / "ct.nii.gz"))]
+    for mode in get_args(Mode):
+        assert cli.main([*given, "--question", "Anything bright?", "--device", "cpu", "--mode", mode]) == 0
+        assert capsys.readouterr().out == "Yes\n"
+        assert FakeAdapter.calls[-1] == (1, mode)
 
 
 def test_wrong_requests_are_refused_before_the_model_is_loaded(tmp_path: Path) -> None:

@@ -105,8 +105,18 @@ def test_a_batch_without_any_volume_trains_text(start: Any) -> None:
         recipe, module = start(**settings)
         output, seen = step(recipe, module, chosen=blind)
         assert output.terms["ce"].value.item() == pytest.approx(seen["output"].token_losses.sum().item(), rel=1e-6)
-        others = sum(term.value.item() for name, term in output.terms.items() if name != "ce")
-        assert others == pytest.approx(0, abs=1e-6) or "band" in output.terms
+        assert all(term.value.item() == 0 for name, term in output.terms.items() if name != "ce")
+
+
+def test_rows_without_a_volume_have_no_band_and_no_keep_rate(start: Any) -> None:
+    recipe, module = start()
+    blind = items()[1]._replace(volumes=[])
+    alone, _ = step(recipe, module, chosen=[items()[0]])
+    for chosen in ([items()[0], blind], [blind, items()[0]]):
+        both, _ = step(recipe, module, chosen=chosen)
+        assert both.terms["band"].value.item() == pytest.approx(alone.terms["band"].value.item(), rel=1e-5)
+        for name in ("keep_rate", "band_triggered", "kept_tokens"):
+            assert [float(x) for x in both.metrics[name]] == pytest.approx([float(x) for x in alone.metrics[name]])
 
 
 def test_validation_sees_batches_as_they_are_and_draws_nothing(start: Any) -> None:

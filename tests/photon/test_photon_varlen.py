@@ -332,7 +332,7 @@ def test_a_tree_passes_the_backend_on(recorder: Recorder) -> None:
 class OnGpu(Tensor):
     """A CPU tensor that says it is on a GPU."""
 
-    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    is_cuda = property(lambda self: True)
 
 
 def test_heads_are_repeated_for_sdpa_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
