@@ -124,6 +124,14 @@ class Decoded:
         return self.stream.hidden[self.stream.flipped_moved[index]]
 
 
+def reaching(hidden: Tensor, unused: Tensor) -> Tensor:
+    """``hidden``, with a gradient of zero for ``unused``.
+
+    Under ZeRO-3 all ranks have to go back through the same modules, also through those that a batch has no use for.
+    """
+    return hidden + 0 * unused.sum().to(hidden.dtype)
+
+
 class PhotonPreTrainedModel(PreTrainedModel):
     """What the library has to know of Photon, and the initialization of what the backbones do not have."""
 
@@ -170,8 +178,7 @@ class PhotonModel(PhotonPreTrainedModel):
         if visual_embeds is None:
             return embeds
         if len(layout.visual) == 0:
-            # A rank without a volume takes part in the vision tower's collectives with an empty one.
-            return embeds + 0 * visual_embeds.sum().to(embeds.dtype)
+            return reaching(embeds, visual_embeds)  # of an empty volume
         if len(visual_embeds) != len(layout.visual):
             raise ValueError(f"pixel_values_videos: {len(visual_embeds)} tokens for {len(layout.visual)} places")
         return embeds.index_copy(0, layout.visual, visual_embeds.to(embeds.dtype))
@@ -269,10 +276,13 @@ class PhotonModel(PhotonPreTrainedModel):
             watched = self.probe(stream) if start == 0 else plan.watched
             assert watched is not None
             retention = self.schedule(number, stream, layout, watched, how.chance)
-            if not how.learn or how.flip == "replace":
-                retention.probability = retention.probability.detach()
+            probability, learns = retention.probability, how.learn and how.flip != "replace"
+            if not learns:
+                retention.probability = probability.detach()
             retentions.append(retention)
             stream = self.reduce(stream, retention, layout, how)
+            if not learns:
+                stream.hidden = reaching(stream.hidden, probability)
             assert stream.lengths is not None
             plan = RowsPlan(stream.lengths, how.record, watch=end - 1)
             stream.hidden = self.run(stream.hidden, range(start, end), stream.rotary, plan, stream.ordinal, deepstack)
@@ -413,14 +423,17 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
         output = PhotonOutput(visual_embeds=visual)
         self._add_retention(output, decoded, layout)
         wanted = layout.last if labels is None and not len(layout.targets) else layout.predicts
-        logits = self._logits(decoded.at(wanted))
+        hidden, flipped = decoded.at(wanted), None
+        if decoded.stream.flipped_moved is None:
+            logits = self._logits(hidden)
+        else:  # at once: under ZeRO-3 a rank with flips must not run the head more often than one without
+            logits, flipped = self._logits(torch.cat([hidden, decoded.flipped_at(wanted)])).chunk(2)
         if len(layout.targets):
             output.token_losses = F.cross_entropy(logits.float(), layout.targets, reduction="none")
             output.loss, output.logits = output.token_losses.mean(), logits
         else:
             output.logits = logits[self._input_order(layout)][:, None]
-        if decoded.stream.flipped_moved is not None:
-            flipped = self._logits(decoded.flipped_at(wanted))
+        if flipped is not None:
             output.flipped_losses = F.cross_entropy(flipped.float(), layout.targets, reduction="none")
         if use_cache:
             cache = DynamicCache() if past_key_values is None else past_key_values

@@ -108,6 +108,8 @@ def _set_environment() -> None:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Without it DeepSpeed counts the machine's NUMA nodes in a new process, for every bucket that it reduces.
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _free_port() -> int:

@@ -11,7 +11,7 @@ from mllm3d.config import Config, TrainingConfig
 from mllm3d.errors import UserError
 from mllm3d.training import random_state
 from mllm3d.training.distributed import World
-from mllm3d.training.gradients import InOrder
+from mllm3d.training.gradients import InOrder, forget_outputs
 from mllm3d.training.optim import build_optimizer, trainable_and_frozen
 from mllm3d.training.recipe import Recipe
 from mllm3d.training.schedule import build_schedule
@@ -56,6 +56,8 @@ def build_engine(config: Config, recipe: Recipe, world: World, total_steps: int)
     engine._copy_recovery_script = lambda folder: None
     if training.zero_stage == 2 and world.size > 1:
         InOrder(engine.optimizer, engine.module)
+    if training.zero_stage == 3:
+        forget_outputs(engine.module)
     random_state.seed(config.run.seed + world.rank)
     engine.train()
     return engine

@@ -108,8 +108,8 @@ class Recipe(ABC):
 
         `step` is the global optimizer step, from 0. `weights`: by which one unit (a token, a question, ...)
         is multiplied in the loss that is differentiated; for backward passes that depend on the loss's scale.
-        Every rank must run the same modules under ZeRO-3;
-        below it, parameters may stay unused on some ranks. In bf16 the weights are bf16: cast the inputs.
+        Under ZeRO-3 every rank must run the same modules, and go back through the same ones (a gradient of zero will
+        do); below it, parameters may stay unused on some ranks. In bf16 the weights are bf16: cast the inputs.
         """
 
     @abstractmethod
