@@ -158,7 +158,8 @@ def _fitting(tokenizer: Any, config: PhotonConfig) -> Any:
 
 def empty(config: PhotonConfig, dtype: torch.dtype = torch.float32) -> PhotonForConditionalGeneration:
     """A model with fresh weights."""
-    return PhotonForConditionalGeneration(config).to(dtype)
+    # Not `.to(dtype)`: rotary frequencies stay in float32.
+    return PhotonForConditionalGeneration._from_config(config, dtype=dtype)
 
 
 def transplant(weights: dict[str, Tensor], model: nn.Module, fresh: tuple[str, ...] = ()) -> None:

@@ -422,7 +422,18 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
         decoded = self.model(input_ids, layout, visual, deepstack, how)
         output = PhotonOutput(visual_embeds=visual)
         self._add_retention(output, decoded, layout)
-        wanted = layout.last if labels is None and not len(layout.targets) else layout.predicts
+        self._add_logits(output, decoded, layout, labelled=labels is not None or len(layout.targets) > 0)
+        if use_cache:
+            cache = DynamicCache() if past_key_values is None else past_key_values
+            order = self._input_order(layout)
+            cache.photon = fill(cache, decoded.keys_values, decoded.stages, layout, order, early_cache)
+            cache.photon.prefix = decoded.prefix
+            output.past_key_values = cache
+        return output
+
+    def _add_logits(self, output: PhotonOutput, decoded: Decoded, layout: Layout, labelled: bool) -> None:
+        """Logits and losses where there is a label, or the logits of the last tokens."""
+        wanted = layout.predicts if labelled else layout.last
         hidden, flipped = decoded.at(wanted), None
         if decoded.stream.flipped_moved is None:
             logits = self._logits(hidden)
@@ -435,13 +446,6 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
             output.logits = logits[self._input_order(layout)][:, None]
         if flipped is not None:
             output.flipped_losses = F.cross_entropy(flipped.float(), layout.targets, reduction="none")
-        if use_cache:
-            cache = DynamicCache() if past_key_values is None else past_key_values
-            order = self._input_order(layout)
-            cache.photon = fill(cache, decoded.keys_values, decoded.stages, layout, order, early_cache)
-            cache.photon.prefix = decoded.prefix
-            output.past_key_values = cache
-        return output
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(self.model.language_model.norm(hidden))

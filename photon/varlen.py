@@ -373,7 +373,7 @@ def tree_attention(
     """All groups: prefixes attend causally to themselves, questions to their group's prefix and to themselves.
 
     With ``flash`` or ``varlen`` it is one call on gathered keys, in which a prefix stands once more for each of its
-    questions; else, and with ``visible``, :func:`packed_attention` and one :func:`branch_attention` per group.
+    questions; else, and with ``visible``, :func:`packed_attention` and one :func:`branch_attention` per question.
 
     Args:
         query: ``(H, T, E)``, the prefixes of all groups and then their questions; or the questions alone, if the
@@ -407,5 +407,9 @@ def tree_attention(
     seen: list[Tensor] | list[None] = visible or [None] * len(prefixes)
     groups = zip(query.split(sizes[1:], dim=1), shared, own_keys, own_values, suffixes, seen, strict=True)
     for q, (prefix_key, prefix_value), own_key, own_value, lengths, mask in groups:
-        parts.append(branch_attention(q, prefix_key, prefix_value, own_key, own_value, lengths, scale, mask))
+        # Question by question: in one call most of the mask would hide one question from another.
+        each = zip(*(x.split(lengths, dim=1) for x in (q, own_key, own_value)), lengths, strict=True)
+        for i, (one, one_key, one_value, n) in enumerate(each):
+            own_mask = None if mask is None else mask[i : i + 1]
+            parts.append(branch_attention(one, prefix_key, prefix_value, one_key, one_value, [n], scale, own_mask))
     return torch.cat(parts, dim=1)
