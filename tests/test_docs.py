@@ -278,7 +278,8 @@ def test_settings_exist(page: Path) -> None:
 @page
 def test_options_and_commands_exist(page: Path) -> None:
     known = {option for parser in parsers(cli.build_parser()) for option in parser._option_string_actions}
-    for program in ("data/phantom/prepare.py", "mllm3d/evaluation/check_table.py"):
+    programs = ("data/phantom/prepare.py", "mllm3d/evaluation/check_table.py", "benchmarks/photon_speed.py")
+    for program in programs:
         known |= set(re.findall(r'"(--[\w-]+)"', (ROOT / program).read_text()))
     known |= {"--hostfile", "--nnodes"}  # of the launchers
     commands = next(a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
