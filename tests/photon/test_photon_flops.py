@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from photon import PhotonConfig, PhotonForConditionalGeneration, PhotonProcessor
 from photon.building import patched_config, planned_config
-from photon.flops import decoder_flops, flip_flops, forward_flops, token_flops, vision_flops, volume_flops
+from photon.flops import flip_flops, forward_flops, token_flops, vision_flops, volume_flops
 from photon.processing_photon import VolumeChats
 from photon.tokenization import SPECIAL_TOKENS, token_fields
 
