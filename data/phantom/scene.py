@@ -83,9 +83,7 @@ def stream(seed: int, purpose: str) -> np.random.Generator:
     return np.random.default_rng([seed, STREAMS.index(purpose)])
 
 
-def render(
-    seed: int, plan: Mapping[str, Sequence[Severity]], paint: Painter, lesion_scale: float = 1.0
-) -> list[Case]:
+def render(seed: int, plan: Mapping[str, Sequence[Severity]], paint: Painter, lesion_scale: float = 1.0) -> list[Case]:
     """All scans of one patient: anatomy, the planned findings in it, then the scanner's blur and noise."""
     streams = [stream(seed, name) for name in ("first scan", "second scan")[: len(plan["fatty liver"])]]
     phases = [PHASES[int(s.integers(len(PHASES)))] for s in streams]
