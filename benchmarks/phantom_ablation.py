@@ -1,0 +1,381 @@
+"""Photon's ablation (Table 4 of the paper) on phantoms, with two controls that the paper lacks.
+
+    python benchmarks/phantom_ablation.py --rows no-reduction photon fixed random --seeds 2 --jobs 2
+    python benchmarks/phantom_ablation.py --device cuda                                    every row, three seeds
+    python benchmarks/phantom_ablation.py --table                                          the table of what is there
+
+The findings asked about are round lesions in few of several hundred tokens, so that it matters which tokens are
+kept. All rows start from one checkpoint of phase 1 (the vision tower learns from label maps first, see
+docs/training.md) and train equally long. Controls: ``random`` is trained and asked with random tokens at the same
+rate, ``no-reduction`` is trained without dropping; each model is also asked with all tokens and with as many random
+ones as it keeps itself.
+
+What is finished in --out is not run again, so that an interrupted benchmark goes on. Settings of the runs are in
+benchmarks/phantom_ablation/.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mllm3d.errors import UserError
+from mllm3d.evaluation.results import Results, read_results
+from mllm3d.evaluation.retention import Retention
+from mllm3d.evaluation.tables import markdown_table
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = Path(__file__).resolve().with_suffix("")
+FINDINGS = ("lung nodule", "liver lesion", "kidney cyst", "kidney tumour", "pleural effusion", "splenomegaly")
+SMALL = FINDINGS[:4]
+RATES = (0.3, 0.1, 0.05)
+NEVER = 1_000_000
+"""A step that no run reaches."""
+
+
+STEPS = {"vision": 2, "backbone": 2, "phase1": 1, "phase2": 4}
+"""Of ``--quick``."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table.
+
+    Attributes:
+        name: of its run folders. title: in the table. settings: what differs from phase2.yaml.
+        start: the run that it begins with. modes: how it is asked (``evaluation.modes``), as trained first.
+    """
+
+    name: str
+    title: str
+    settings: tuple[str, ...] = ()
+    start: str = "phase1"
+    modes: tuple[str, ...] = ("scheduled", "none", "random")
+
+
+def _scheduling(**values: object) -> tuple[str, ...]:
+    return tuple(f"model.scheduling.{key}={json.dumps(value)}" for key, value in values.items())
+
+
+def _at_rate(rate: float, layer: str | int) -> list[Variant]:
+    """A fixed ratio and random tokens. Neither has a predictor to warm up, so dropping begins with the first step."""
+    settings = _scheduling(keep_ratio=rate, layers=[layer], soft_from=0, hard_from=0)
+    name, where = (f"{rate:g}", "after n/4") if layer else (f"{rate:g}-layer0", "before the first layer")
+    drawn = (*settings, *_scheduling(selection="random"))
+    return [
+        Variant(f"fixed-{name}", f"fixed ratio {rate:g}, {where}", settings),
+        Variant(f"random-{name}", f"random tokens, {rate:g}, {where}", drawn, modes=("scheduled", "none")),
+    ]
+
+
+def variants(rates: Sequence[float] = RATES) -> dict[str, Variant]:
+    """All rows by name, in the order of the table."""
+    rows = [
+        Variant("no-reduction", "no reduction", _scheduling(soft_from=NEVER, hard_from=NEVER), modes=("none",)),
+        Variant("photon", "Photon (after n/4)"),
+        Variant("no-phase1", "without phase 1", _fresh_patches(), start="backbone"),
+        Variant("layer-0", "before the first layer", _scheduling(layers=[0])),
+        Variant("layer-half", "after n/2", _scheduling(layers=["n/2"])),
+        Variant("layer-late", "after 3n/4", _scheduling(layers=["3n/4"])),
+        *(variant for layer in ("n/4", 0) for rate in rates for variant in _at_rate(rate, layer)),
+        Variant("no-affinity", "without self-affinity", _scheduling(self_affinity=False)),
+        Variant("no-robustness", "without robustness loss", ("model.robustness.probability=0",)),
+        Variant("no-flip", "without flip loss", ("model.flip.probability=0",)),
+        Variant("removal", "the other sign of importance", _scheduling(importance="removal")),
+    ]
+    return {row.name: row for row in rows}
+
+
+def _fresh_patches() -> tuple[str, ...]:
+    return "model.patch_init=fresh", "model.patch_size=[8,4,4]"
+
+
+# --- running ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where runs are kept and how they run.
+
+    Attributes:
+        out: folder of everything. device: cpu or cuda. threads: of a run on the CPU. quick: a few steps of each
+            run on a few cases, to see that all parts fit together.
+    """
+
+    out: Path
+    device: str
+    threads: int
+    quick: bool
+
+    def data(self, cases: int) -> None:
+        """Draw the phantoms."""
+        if (self.out / "data").is_dir():
+            return
+        self._call(
+            "data",
+            "data/phantom/prepare.py",
+            *("--out", str(self.out / "data"), "--cases", str(cases), "--seed", "1", "--shape", "40,80,80"),
+            *("--splits", "0.9,0.01,0.09", "--tasks", "existence", "--priors", "0", "--lesion-scale", "1.5"),
+            *("--workers", str(self.threads), "--findings", *FINDINGS),
+        )
+
+    def common_start(self) -> None:
+        """The stages that all rows share."""
+        self._train("vision", "vision")
+        self._train("backbone", "backbone", f"model.checkpoint={self.out / 'vision'}")
+        self._train("phase1", "phase1", f"model.checkpoint={self.out / 'backbone'}")
+
+    def row(self, variant: Variant, seed: int) -> None:
+        """Train and ask one model."""
+        name = run_name(variant, seed)
+        if (self.out / name / "evaluation/test/retention.json").is_file():
+            return
+        settings = (f"run.seed={seed}", f"model.checkpoint={self.out / variant.start}", *variant.settings)
+        self._train(name, "phase2", *settings)
+        asked = [f"evaluation.modes={json.dumps(variant.modes)}"]
+        if self.quick:
+            asked.append("evaluation.limit_volumes=2")
+        config = ("--device", self.device, "--config", str(CONFIGS / "phase2.yaml"))
+        self._call(f"{name}-eval", "eval.py", *config, *self._common(name), *settings, *asked)
+
+    def _common(self, name: str) -> list[str]:
+        where = [f"run.output={self.out / name}", f"data.manifest={self.out / 'data/manifest.jsonl'}"]
+        return where if self.device != "cpu" else [*where, f"run.threads={self.threads}"]
+
+    def _train(self, name: str, config: str, *settings: str) -> None:
+        folder = self.out / name
+        if (folder / "checkpoints/latest").is_file():  # a run is saved once, at its end
+            return
+        if folder.exists():
+            shutil.rmtree(folder)  # it was interrupted
+        steps = []
+        if self.quick:
+            steps = [
+                f"training.max_steps={STEPS[config]}",
+                "training.optimizer.warmup=0",
+                "training.volumes_per_batch=2",
+            ]
+        self._call(
+            name, "train.py", "--config", str(CONFIGS / f"{config}.yaml"), *self._common(name), *settings, *steps
+        )
+
+    def _call(self, name: str, program: str, *arguments: str) -> None:
+        """Run a program of the repository; what it prints goes to OUT/logs/NAME.log."""
+        log = self.out / "logs" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = dict(os.environ)
+        if self.device == "cpu":
+            environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(self.threads)}
+        print(f"{name} ...", flush=True)
+        with log.open("w", encoding="utf-8") as stream:
+            done = subprocess.run(
+                [sys.executable, str(ROOT / program), *arguments],
+                stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False,
+            )  # fmt: skip
+        if done.returncode:
+            raise UserError(f"{program} for {name} failed, see {log}; mend that and run again, it goes on from here")
+
+
+def run_name(variant: Variant, seed: int) -> str:
+    """The run's folder in --out."""
+    return f"{variant.name}-seed{seed}"
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run. Shares are in [0, 1]; `small` are the round lesions.
+
+    Attributes:
+        tokens: visual tokens per question after the last scheduling layer. keep_rate: the same as a share.
+        overall, small: accuracy over all findings, and over the small ones. majority: best text-only rule.
+        coverage: share of the tokens with the lesion named in the question that stayed. chance: the share that as
+            many random tokens would cover. all_tokens, random_tokens: `small`, asked without dropping, and with as
+            many random tokens; None where it was not asked.
+    """
+
+    tokens: float
+    keep_rate: float
+    overall: float
+    small: float
+    majority: float
+    coverage: float
+    chance: float
+    all_tokens: float | None
+    random_tokens: float | None
+
+
+def read_outcome(folder: Path, variant: Variant) -> Outcome:
+    """A run's figures from its evaluation (`results.json`, `retention.json`)."""
+    results = read_results(folder / "results.json")
+    retention = Retention.model_validate_json((folder / "retention.json").read_text(encoding="utf-8"))
+    mode = variant.modes[0]
+    task = next(row for row in results.rows if row.subtask is None)
+    regions = [
+        region
+        for region in (retention.modes[mode].coverage if mode in retention.modes else [])
+        if region.of == "finding" and region.name in SMALL and region.blocks
+    ]
+    held = sum(region.blocks for region in regions)
+    covered, by_chance = (
+        sum(getattr(region, field) * region.blocks for region in regions) / held if held else 1.0
+        for field in ("pooled", "random")
+    )
+    return Outcome(
+        tokens=results.modes[mode].tokens_after,
+        keep_rate=results.modes[mode].keep_rate,
+        overall=task.modes[mode].value,
+        small=_small(results, mode),
+        majority=task.best_text_only or 0.0,
+        coverage=covered,
+        chance=by_chance,
+        all_tokens=_small(results, "none") if "none" in variant.modes else None,
+        random_tokens=_small(results, "random") if "random" in variant.modes else None,
+    )
+
+
+def _small(results: Results, mode: str) -> float:
+    """Mean accuracy over the small findings."""
+    return statistics.fmean(row.modes[mode].value for row in results.rows if row.subtask in SMALL)
+
+
+def finished(out: Path, rows: Mapping[str, Variant]) -> dict[str, list[Outcome]]:
+    """Outcomes of the runs in ``out`` by row, one for each seed; rows without a finished run are left out."""
+    found: dict[str, list[Outcome]] = {}
+    for name, variant in rows.items():
+        for results in sorted(out.glob(f"{name}-seed[0-9]*/evaluation/test/retention.json")):
+            found.setdefault(name, []).append(read_outcome(results.parent, variant))
+    return found
+
+
+HEADER = (
+    "", "seeds", "tokens", "keep rate", "accuracy", "text-only majority", "lesion kept", "by chance",
+    "small findings", "all tokens", "random tokens",
+)  # fmt: skip
+
+
+def cells(outcomes: Mapping[str, Sequence[Outcome]], rows: Mapping[str, Variant]) -> list[list[str]]:
+    """The table's lines: means over seeds, with the lowest and the highest where there are several."""
+    lines = []
+    for name, runs in outcomes.items():
+        tokens = statistics.fmean(run.tokens for run in runs)
+        fields = (
+            "keep_rate", "overall", "majority", "coverage", "chance", "small", "all_tokens", "random_tokens",
+        )  # fmt: skip
+        shares = [_percent([getattr(run, field) for run in runs]) for field in fields]
+        lines.append([rows[name].title, str(len(runs)), f"{tokens:.0f}", *shares])
+    return lines
+
+
+def _percent(shares: Sequence[float | None]) -> str:
+    known = [100 * share for share in shares if share is not None]
+    if not known:
+        return "-"
+    mean = f"{statistics.fmean(known):.1f}"
+    return mean if max(known) - min(known) < 0.05 else f"{mean} ({min(known):.1f}-{max(known):.1f})"
+
+
+def show(out: Path, rows: Mapping[str, Variant]) -> None:
+    """Print the table and write it to OUT/table.md.
+
+    Of ``accuracy`` on: over all findings; the best rule that reads only the text; share of the tokens with the lesion
+    named in the question that stayed, and of as many random tokens; over the small findings, asked as trained, with
+    all tokens, and with as many random ones.
+    """
+    lines = cells(finished(out, rows), rows)
+    if not lines:
+        raise UserError(f"{out}: no finished run in it; run without --table first")
+    (out / "table.md").write_text("\n".join(markdown_table(HEADER, lines)) + "\n", encoding="utf-8")
+    table = Table()
+    for column in HEADER:
+        table.add_column(column, justify="right" if column else "left")
+    for line in lines:
+        table.add_row(*line)
+    console = Console()
+    console.width = max(console.width, 160)
+    console.print(table)
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def chosen(names: Sequence[str], rows: Mapping[str, Variant]) -> list[Variant]:
+    """Rows by name; ``fixed`` and ``random`` mean those rows at every rate, ``all`` every row."""
+    found: dict[str, Variant] = {}
+    for name in names:
+        matching = {key: row for key, row in rows.items() if name in ("all", key, key.partition("-")[0])}
+        if not matching:
+            raise UserError(f"--rows {name}: no such row; there are {', '.join(rows)}, fixed, random and all")
+        found |= matching
+    return [row for key, row in rows.items() if key in found]
+
+
+def prepare_folder(out: Path, identity: Mapping[str, object]) -> None:
+    """Make ``out``; what other settings made is not gone on with."""
+    file = out / "settings.json"
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != identity:
+        raise UserError(f"--out {out}: made with other settings ({file}); remove it or name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(identity) + "\n", encoding="utf-8")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/phantom_ablation"), help="folder of data, runs and table")
+    add("--rows", nargs="+", metavar="ROW", help=f"all (default), fixed, random, or out of {', '.join(variants())}")
+    add("--seeds", type=int, help="seeds of each row (default 3)")
+    add("--cases", type=int, help="phantoms to draw (default 5000)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+    add("--jobs", type=int, default=1, help="runs at a time")
+    add("--quick", action="store_true", help="a few steps on a few cases: a test of this program, no result")
+    add("--table", action="store_true", help="only the table of what is finished")
+    return parser.parse_args(arguments)
+
+
+def run(args: argparse.Namespace) -> None:
+    rows = variants()
+    if args.table:
+        show(args.out, rows)
+        return
+    names = args.rows or (["no-reduction", "photon", "random-0.1-layer0"] if args.quick else ["all"])
+    wanted, cases = chosen(names, rows), args.cases or (100 if args.quick else 5000)
+    prepare_folder(args.out, {"cases": cases, "quick": args.quick})
+    out, cores = args.out.resolve(), os.cpu_count() or 1
+    alone = Bench(out, args.device, cores, args.quick)
+    alone.data(cases)
+    alone.common_start()
+    bench = Bench(out, args.device, max(1, cores // args.jobs), args.quick)
+    seeds = args.seeds or (1 if args.quick else 3)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        work = [pool.submit(bench.row, variant, seed) for seed in range(seeds) for variant in wanted]
+        try:
+            for each in work:
+                each.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    show(args.out, rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    try:
+        run(parse(arguments))
+    except UserError as error:
+        sys.exit(f"phantom_ablation.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
