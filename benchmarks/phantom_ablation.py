@@ -83,6 +83,7 @@ def variants(rates: Sequence[float] = RATES) -> dict[str, Variant]:
     rows = [
         Variant("no-reduction", "no reduction", _scheduling(soft_from=NEVER, hard_from=NEVER), modes=("none",)),
         Variant("photon", "Photon (after n/4)"),
+        Variant("photon-sparse", "Photon, band 0.05 to 0.2", ("model.band.low=0.05", "model.band.high=0.2")),
         Variant("no-phase1", "without phase 1", _fresh_patches(), start="backbone"),
         Variant("layer-0", "before the first layer", _scheduling(layers=[0])),
         Variant("layer-half", "after n/2", _scheduling(layers=["n/2"])),

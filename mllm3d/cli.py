@@ -143,12 +143,14 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_predict(commands: "argparse._SubParsersAction", common: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser("predict", parents=[common], help="answer a question about one scan")
+    parser = commands.add_parser("predict", parents=[common], help="answer a question about a scan, images or a video")
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="released folder, run, or RUN/checkpoints/step_N"
     )
-    parser.add_argument("--volume", type=Path, required=True, help="NIfTI, NRRD, MHA, .npy or a DICOM series folder")
+    parser.add_argument("--volume", type=Path, help="NIfTI, NRRD, MHA, .npy or a DICOM series folder")
     parser.add_argument("--prior", type=Path, help="an earlier scan of the same patient")
+    parser.add_argument("--image", type=Path, action="append", help="PNG, JPEG, BMP, TIFF or WebP; may be repeated")
+    parser.add_argument("--video", type=Path, metavar="FOLDER", help="frames, one per second, in order of their names")
     parser.add_argument("--question", required=True)
     parser.add_argument("--modality", choices=("ct", "mr"), default="ct", help="how intensities are scaled")
     modes = ("scheduled", "none", "random", "noisy", "evicted")
@@ -158,7 +160,9 @@ def _add_predict(commands: "argparse._SubParsersAction", common: argparse.Argume
     parser.add_argument("--json", action="store_true", help="print the answer with keep rate and timing")
     drawn = "draw which tokens stayed; those of a --prior go beside it, as NAME_prior.png"
     parser.add_argument("--evidence", type=Path, metavar="PNG", help=drawn)
-    parser.add_argument("--evidence-nifti", type=Path, metavar="NII", help="the same as a mask on the scan's own grid")
+    parser.add_argument(
+        "--evidence-nifti", type=Path, metavar="NII", help="the same as a mask on the volume's own grid"
+    )
     parser.set_defaults(command=_predict)
 
 
@@ -224,9 +228,9 @@ def _config(args: argparse.Namespace) -> int:
 
 def _add_data(commands: "argparse._SubParsersAction", common: argparse.ArgumentParser) -> None:
     actions = commands.add_parser("data", help="look after data").add_subparsers(required=True, metavar="action")
-    check = actions.add_parser("check", parents=[common], help="read every row and volume, report all problems")
+    check = actions.add_parser("check", parents=[common], help="read every row and file, report all problems")
     check.add_argument("manifest", type=Path, help="JSON Lines file")
-    check.add_argument("--workers", type=int, default=0, help="processes that read volumes; 0: none besides this")
+    check.add_argument("--workers", type=int, default=0, help="processes that read files; 0: none besides this")
     check.set_defaults(command=_data_check)
 
 

@@ -1,11 +1,11 @@
 """Configuration of Photon: a backbone's (Qwen2.5-VL or Qwen3-VL), a 3D patch embedding and token scheduling."""
 
-from typing import Any
+from typing import Any, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from photon.geometry import PatchGeometry
-from photon.packing import Geometry, SpecialTokens
+from photon.packing import Geometry, SpecialTokens, TextAfter
 from photon.scheduling import SchedulingSettings, layer_numbers
 
 VISION_2_5 = {
@@ -100,6 +100,7 @@ class PhotonConfig(PreTrainedConfig):
         slices_per_frame: slices averaged into one frame before patches are cut (slice-video models).
         temporal_step: rotary steps from one depth slab to the next. By default one slice counts as one second in
             Qwen2.5-VL (``tokens_per_second * temporal_patch_size * slices_per_frame``); Qwen3-VL counts slabs.
+        text_after: where rotary positions go on behind a volume, see :class:`photon.packing.Geometry`.
         turn_end_token_id: id of ``<|im_end|>``, which ends the instruction.
         user_turn_token_ids: ids of ``<|im_start|>user``, which with a line break begin a user's turn.
     """
@@ -118,6 +119,7 @@ class PhotonConfig(PreTrainedConfig):
     scheduling: dict | None = None
     slices_per_frame: int = 1
     temporal_step: float | None = None
+    text_after: str = "maximum"
     turn_end_token_id: int = 151645
     user_turn_token_ids: list[int] | tuple[int, ...] = (151644, 872)
 
@@ -134,6 +136,8 @@ class PhotonConfig(PreTrainedConfig):
         found = self.text_config.model_type
         if found not in TEXT_MODELS:
             raise ValueError(f"text_config.model_type: {found!r} is not one of {', '.join(TEXT_MODELS)}")
+        if self.text_after not in get_args(TextAfter):
+            raise ValueError(f"text_after: {self.text_after!r} is not one of {', '.join(get_args(TextAfter))}")
 
     @property
     def patches(self) -> PatchGeometry:
@@ -162,7 +166,7 @@ class PhotonConfig(PreTrainedConfig):
         if step is None:
             per_second = getattr(self.vision_config, "tokens_per_second", None)
             step = 1 if per_second is None else per_second * self.patches.size[0] * self.slices_per_frame
-        return Geometry(self.vision_config.spatial_merge_size, step)
+        return Geometry(self.vision_config.spatial_merge_size, step, self.text_after)  # type: ignore[arg-type]
 
     @property
     def special_tokens(self) -> SpecialTokens:

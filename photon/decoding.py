@@ -25,11 +25,13 @@ class DecodeState:
     Attributes:
         masks: per decoder layer ``(R, keys)`` bool.
         position: ``(R)`` rotary position of the next token.
+        length: tokens of a row, padding included, that the cache has seen.
         prefix: what another question about the same volume can start from.
     """
 
     masks: list[Tensor]
     position: Tensor
+    length: int
     prefix: "EncodedPrefix | None" = None
 
 
@@ -38,23 +40,27 @@ class EncodedPrefix:
     """A volume and the text before the questions, as far as it is the same for every question.
 
     Attributes:
-        ids: ``(P)`` token ids.
+        ids: ``(P)`` token ids. positions: ``(3, P)`` rotary positions.
         hidden: ``(P, D)`` below the first drop; keys_values: of the layers up to there ``(J, P, E)``.
         layers: decoder layers that ``keys_values`` covers.
         deepstack: features of the visual tokens for the decoder's first layers (Qwen3-VL).
     """
 
     ids: Tensor
+    positions: Tensor
     hidden: Tensor
     keys_values: KeysValues
     layers: int
     deepstack: list[Tensor]
 
-    def must_fit(self, ids: Tensor, prefixes: list[int], layers: int) -> None:
-        """Raise ``ValueError`` unless the rows of ``ids`` (flattened prefix ids) start with this very prefix."""
+    def must_fit(self, ids: Tensor, positions: Tensor, prefixes: list[int], layers: int) -> None:
+        """Raise ``ValueError`` unless the rows start with this very prefix.
+
+        Ids and positions are those of the rows' prefixes, end to end.
+        """
         if len(prefixes) != 1:
             raise ValueError(f"prefix: {len(prefixes)} groups of rows; an encoded volume serves one")
-        if not torch.equal(ids, self.ids):
+        if not (torch.equal(ids, self.ids) and torch.equal(positions, self.positions)):
             raise ValueError("prefix: the text before the questions, or the volume's size, is not the encoded one")
         if layers != self.layers:
             raise ValueError(f"prefix: encoded for {self.layers} decoder layers, this pass shares {layers}")
@@ -89,11 +95,17 @@ def cache_tables(stages: list[Stage], early: EarlyCache) -> list[Tensor]:
 
 
 def fill(
-    cache: Cache, keys_values: KeysValues, stages: list[Stage], layout: Layout, order: list[int], early: EarlyCache
+    cache: Cache,
+    keys_values: KeysValues,
+    stages: list[Stage],
+    layout: Layout,
+    order: list[int],
+    early: EarlyCache,
+    length: int,
 ) -> DecodeState:
     """Write the keys and values of every layer into ``cache``, one padded row per row of the input.
 
-    ``order``: packed place of each row of the input.
+    ``order``: packed place of each row of the input. ``length``: columns of the input.
     """
     tables = cache_tables(stages, early)
     masks = []
@@ -102,4 +114,4 @@ def fill(
         table = tables[stage][order]
         cache.update(pad_rows(key, table), pad_rows(value, table), layer)
         masks.append(table >= 0)
-    return DecodeState(masks, layout.next_position[order])
+    return DecodeState(masks, layout.next_position[order], length)

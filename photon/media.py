@@ -23,7 +23,7 @@ class PixelReader:
     """How a model reads pixels of 0 to 255.
 
     Attributes:
-        geometry: of the model's patches. Frames are frames: they are not averaged as slices are.
+        geometry: of the model's patches.
         scale: of x / 255, for each channel.
         min_pixels, max_pixels: of an image, or of each frame, after resizing.
     """
@@ -47,6 +47,11 @@ class PixelReader:
             raise ValueError(f"videos: shape {tuple(video.shape)}, expected (T, H, W) or (T, H, W, 3)")
         return self._cut(video, "videos")
 
+    @property
+    def frames(self) -> PatchGeometry:
+        """Of patches of frames, after resizing: frames are not averaged as slices are."""
+        return replace(self.geometry, slices_per_frame=1)
+
     def _cut(self, frames: Tensor, name: str) -> tuple[Tensor, Size3]:
         if frames.dtype != torch.uint8:
             raise ValueError(f"{name}: {frames.dtype}, expected uint8 from 0 to 255")
@@ -54,16 +59,19 @@ class PixelReader:
         if frames.shape[-1] not in (1, 3):
             raise ValueError(f"{name}: {frames.shape[-1]} channels in the last axis, expected 3, or no such axis")
         frames = frames.permute(0, 3, 1, 2)
-        size = self._size(frames.shape[2], frames.shape[3], name)
+        size = self.size(frames.shape[2], frames.shape[3], name)
         if tuple(frames.shape[2:]) != size:
             # As Qwen's own processors do it, in uint8.
             frames = F.interpolate(frames, size, mode="bicubic", antialias=True)
         missing = -len(frames) % self.geometry.size[0]
         frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
-        return patchify(self._scaled(frames.float() / 255), replace(self.geometry, slices_per_frame=1))
+        return patchify(self._scaled(frames.float() / 255), self.frames)
 
-    def _size(self, height: int, width: int, name: str) -> tuple[int, int]:
-        """Nearest size in whole tokens within the budget, with nearly the same aspect ratio."""
+    def size(self, height: int, width: int, name: str = "images") -> tuple[int, int]:
+        """Nearest size in whole tokens within the budget, with nearly the same aspect ratio.
+
+        Raises ValueError, which begins with ``name``, for pixels that have no such size.
+        """
         try:
             # The other module that has it needs torchvision.
             from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize

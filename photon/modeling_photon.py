@@ -58,9 +58,9 @@ class PhotonOutput(ModelOutput):
         token_losses: ``(A)`` cross-entropy of each label token.
         flipped_losses: ``(A)`` the same under the inverted mask, with ``flip="add"``.
         past_key_values: the cache, when asked for.
-        keep_rate: ``(R)`` share of the visual tokens that stayed.
+        keep_rate: ``(R)`` share of the visual tokens that stayed, or would have, where the mask was inverted.
         mean_probability: ``(R, drops)`` r of Eq. 18 at each scheduling layer, with gradient.
-        kept: ``(R, N)`` bool, after the last drop.
+        kept: ``(R, N)`` bool, after the last drop; with ``flip="replace"`` before it is inverted.
         visual_embeds: ``(tokens of all volumes, D)`` as they entered the decoder.
     """
 
@@ -301,9 +301,9 @@ class PhotonModel(PhotonPreTrainedModel):
     ) -> tuple[Stream, Plan, EncodedPrefix | None]:
         """Layers 0 to ``end``, in which rows share their prefix; the prefix itself may be there already."""
         length, stored = sum(layout.prefix_lengths), how.prefix
-        prefix_ids = input_ids.flatten()[layout.source[:length]]
+        prefix_ids, prefix_positions = input_ids.flatten()[layout.source[:length]], layout.positions[:, :length]
         if stored is not None:
-            stored.must_fit(prefix_ids, layout.prefix_lengths, end)
+            stored.must_fit(prefix_ids, prefix_positions, layout.prefix_lengths, end)
             hidden = self.language_model.embed_tokens(input_ids.flatten()[layout.source[length:]])
         else:
             hidden = self.embed(input_ids, layout, visual_embeds)
@@ -318,7 +318,7 @@ class PhotonModel(PhotonPreTrainedModel):
         encoded = stored
         if how.record and stored is None and len(layout.prefix_lengths) == 1 and length:
             kept = {i: (k[:, :length], v[:, :length]) for i, (k, v) in plan.keys_values.items()}
-            encoded = EncodedPrefix(prefix_ids, whole.hidden[:length], kept, end, deepstack)
+            encoded = EncodedPrefix(prefix_ids, prefix_positions, whole.hidden[:length], kept, end, deepstack)
         return whole, plan, encoded
 
 
@@ -422,26 +422,28 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
         decoded = self.model(input_ids, layout, visual, deepstack, how)
         output = PhotonOutput(visual_embeds=visual)
         self._add_retention(output, decoded, layout)
-        self._add_logits(output, decoded, layout, labelled=labels is not None or len(layout.targets) > 0)
+        self._add_logits(output, decoded, layout)
         if use_cache:
             cache = DynamicCache() if past_key_values is None else past_key_values
             order = self._input_order(layout)
-            cache.photon = fill(cache, decoded.keys_values, decoded.stages, layout, order, early_cache)
+            length = input_ids.shape[1]
+            cache.photon = fill(cache, decoded.keys_values, decoded.stages, layout, order, early_cache, length)
             cache.photon.prefix = decoded.prefix
             output.past_key_values = cache
         return output
 
-    def _add_logits(self, output: PhotonOutput, decoded: Decoded, layout: Layout, labelled: bool) -> None:
-        """Logits and losses where there is a label, or the logits of the last tokens."""
-        wanted = layout.predicts if labelled else layout.last
+    def _add_logits(self, output: PhotonOutput, decoded: Decoded, layout: Layout) -> None:
+        """Logits and losses where there is a label, or, if labels were not given, the logits of the last tokens."""
+        wanted = layout.predicts if layout.labelled else layout.last
         hidden, flipped = decoded.at(wanted), None
         if decoded.stream.flipped_moved is None:
             logits = self._logits(hidden)
         else:  # at once: under ZeRO-3 a rank with flips must not run the head more often than one without
             logits, flipped = self._logits(torch.cat([hidden, decoded.flipped_at(wanted)])).chunk(2)
-        if len(layout.targets):
+        if layout.labelled:
             output.token_losses = F.cross_entropy(logits.float(), layout.targets, reduction="none")
-            output.loss, output.logits = output.token_losses.mean(), logits
+            # 0 where all labels are -100, still with a graph.
+            output.loss, output.logits = output.token_losses.sum() / max(1, len(layout.targets)), logits
         else:
             output.logits = logits[self._input_order(layout)][:, None]
         if flipped is not None:
@@ -452,13 +454,19 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
 
     def _chance(self, layout: Layout, selection: Selection | None, noise: float, seeds: Tensor | None) -> Chance | None:
         """What is drawn at random, by packed rows."""
-        settings = self.model.scheduling
-        drawn = (selection or (settings and settings.selection)) == "random"
-        if not drawn and not noise:
+        if not self._draws(selection, noise):
             return None
         if seeds is None:
             seeds = torch.randint(1 << 31, (layout.rows,))
-        return Chance(seeds[layout.row_order], drawn, noise)
+        return Chance(seeds[layout.row_order], self._is_random(selection), noise)
+
+    def _is_random(self, selection: Selection | None) -> bool:
+        settings = self.model.scheduling
+        return (selection or (settings and settings.selection)) == "random"
+
+    def _draws(self, selection: Selection | None, noise: float) -> bool:
+        """Whether anything is drawn at random."""
+        return self._is_random(selection) or bool(noise)
 
     @staticmethod
     def _input_order(layout: Layout) -> list[int]:
@@ -478,7 +486,7 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
             output.mean_probability = torch.stack([r.mean_probability() for r in decoded.retentions], 1)[order]
 
     def _decode(self, input_ids: Tensor, cache: Cache) -> PhotonOutput:
-        """One more token per row, ``(R, 1)``, on a cache that :meth:`_fill` began."""
+        """One more token per row, ``(R, 1)``, on a cache that :func:`photon.decoding.fill` began."""
         state: DecodeState = cache.photon
         if input_ids.shape[1] != 1:
             raise ValueError(f"input_ids: {input_ids.shape[1]} tokens on a filled cache, expected 1")
@@ -489,7 +497,7 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
             state.masks[i] = F.pad(state.masks[i], (0, 1), value=True)
             mask = state.masks[i][:, None, None]
             x = layer(x, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, plan=None)
-        state.position = state.position + 1
+        state.position, state.length = state.position + 1, state.length + 1
         return PhotonOutput(logits=self.lm_head(text.norm(x)), past_key_values=cache)
 
     def prepare_inputs_for_generation(
@@ -497,6 +505,12 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """The whole prompt at first, then one token at a time; positions live with the cache."""
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            new = input_ids.shape[1] - past_key_values.photon.length
+            if new != 1:
+                raise ValueError(
+                    f"past_key_values: {new} tokens are new to this cache, which takes one at a time; leave it out "
+                    "and give the whole conversation, or ask on with prefix"
+                )
             return {"input_ids": input_ids[:, -1:], "past_key_values": past_key_values, "use_cache": True}
         names = (
             "attention_mask", "pixel_values_videos", "video_grid_thw", "group_index", "token_index", "reduction",
@@ -504,6 +518,12 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
         )  # fmt: skip
         given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         return {"input_ids": input_ids, "past_key_values": past_key_values, "use_cache": True, **given}
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            "assistant_model, prompt_lookup_num_tokens: rows have lost different tokens, so several new ones at a time "
+            "are not supported; leave these out"
+        )
 
     def _expand_inputs_for_generation(
         self,
@@ -517,6 +537,9 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, GenerationMixin):
         if expand_size > 1:
             if kwargs.get("group_index") is None:
                 kwargs["group_index"] = torch.arange(len(input_ids), device=input_ids.device)
+            if kwargs.get("seeds") is None and self._draws(kwargs.get("selection"), kwargs.get("threshold_noise") or 0):
+                # Beams change places in the cache, so all of a row's must keep the same tokens.
+                kwargs["seeds"] = torch.randint(1 << 31, (len(input_ids),))
             for name in ("attention_mask", "group_index", "seeds"):
                 if kwargs.get(name) is not None:
                     kwargs[name] = kwargs[name].repeat_interleave(expand_size, dim=0)

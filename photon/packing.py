@@ -11,7 +11,7 @@ synchronisation, for the number of tokens that stayed.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,12 +29,22 @@ class SpecialTokens:
     user_turn: tuple[int, ...] = ()
 
 
+TextAfter = Literal["maximum", "plane"]
+
+
 @dataclass(frozen=True)
 class Geometry:
-    """What positions depend on: patches merged in plane, and rotary steps from one depth slab to the next."""
+    """What rotary positions depend on.
+
+    Attributes:
+        merge: patches merged in plane. temporal_step: from one depth slab to the next.
+        text_after: where text goes on behind a volume: after the largest position on any axis (``maximum``: Qwen2-VL's
+            M-RoPE, what the backbones were trained with), or after the largest in plane (``plane``: transformers 5).
+    """
 
     merge: int
     temporal_step: float
+    text_after: TextAfter = "maximum"
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,8 @@ class Layout:
     """(R) rotary position of the first token to be generated."""
     label_rows: Tensor
     """(A) row, in packed order, of each label."""
+    labelled: bool = False
+    """Whether labels were given, be it that none of them predicts anything."""
 
     def to(self, device: torch.device | str) -> "Layout":
         """The same tables with their tensors on ``device``."""
@@ -99,6 +111,22 @@ class Layout:
     @property
     def rows(self) -> int:
         return len(self.row_order)
+
+    @property
+    def sees(self) -> Tensor:
+        """(R) bool, which rows have visual tokens."""
+        return (self.visual_at >= 0).any(1)
+
+    @property
+    def chooses(self) -> Tensor:
+        """(R) bool, which rows have visual tokens and a question to choose them by."""
+        return self.sees & (self.instruction >= 0).any(1)
+
+    def in_input_order(self, values: Tensor) -> Tensor:
+        """(R, ...) from packed order to the order of the input's rows."""
+        found = torch.empty_like(values)
+        found[self.row_order] = values
+        return found
 
 
 def volume_grids(grids: list[list[int]], token_index: Tensor | None, merge: int) -> list[VolumeGrid]:
@@ -138,7 +166,7 @@ def rope_positions(
     """Rotary positions of one unpadded row, as Qwen2.5-VL numbers them: ``(3, len(ids))``.
 
     Text counts up on all three axes; a volume's tokens take (slab * temporal_step, row, column) from where the
-    text stopped, and the text behind continues after the largest in-plane index. Tokens that were left out as
+    text stopped, and the text behind continues as ``geometry.text_after`` says. Tokens that were left out as
     background change no other token's position.
     """
     parts: list[Tensor] = []
@@ -158,7 +186,7 @@ def rope_positions(
         time = (torch.arange(t) * geometry.temporal_step).long()
         axes = torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")).flatten(1)
         parts.append((axes if volume.present is None else axes[:, volume.present]) + position)
-        position += max(h, w)
+        position += max(h, w) if geometry.text_after == "plane" else max(int(time[-1]) + 1, h, w)
         at = end
     parts.append(torch.arange(len(ids) - at).expand(3, -1) + position)
     return torch.cat(parts, dim=1)
@@ -317,10 +345,10 @@ def pack(
                 raise ValueError(f"labels: row {row} has a label at or before its first question token")
             source = row * width + columns[row][n:]
             tables.add_row(g, row, group.prefix, ids[row][n:], targets[row][n:], source)
-    return _finish(tables, groups, ids)
+    return _finish(tables, groups, ids, labelled=labels is not None)
 
 
-def _finish(tables: _Tables, groups: list[_Group], ids: list[list[int]]) -> Layout:
+def _finish(tables: _Tables, groups: list[_Group], ids: list[list[int]], labelled: bool) -> Layout:
     """The grown lists as tensors."""
     predicts, targets, label_rows = zip(*tables.labels, strict=True) if tables.labels else ((), (), ())
 
@@ -342,6 +370,7 @@ def _finish(tables: _Tables, groups: list[_Group], ids: list[list[int]]) -> Layo
         predicts=index(predicts),
         targets=index(targets),
         label_rows=index(label_rows),
+        labelled=labelled,
         last=index(tables.last),
         next_position=index(tables.next_position),
     )

@@ -62,11 +62,13 @@ def patchify(volume: Tensor, geometry: PatchGeometry) -> tuple[Tensor, Size3]:
         ``(N, C d h w)`` patches and the grid (depth, height, width) in patches.
 
     Raises:
-        ValueError: the volume has other axes, or another number of channels.
+        ValueError: the volume has other axes, another number of channels, or no voxels.
     """
     if volume.ndim not in (3, 4):
         raise ValueError(f"volume: {volume.ndim} axes, expected (depth, height, width), channels before them or none")
     volume = volume if volume.ndim == 4 else volume[None]
+    if not volume.numel():
+        raise ValueError(f"volume: shape {tuple(volume.shape)}, there are no voxels in it")
     if len(volume) not in (1, geometry.channels):
         raise ValueError(f"volume: {len(volume)} channels, expected 1 or {geometry.channels}")
     shape = (volume.shape[1], volume.shape[2], volume.shape[3])

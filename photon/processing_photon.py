@@ -18,7 +18,8 @@ from photon.packing import IGNORE
 from photon.patch_embedding import PixelScale, Scale, patchify, usual_pixels
 
 Array = np.ndarray | Tensor
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
+"""``{"role", "content"}``; the content is text, or a list of ``{"type": "text", "text"}``."""
 VOLUME_TEXT = "<|vision_start|><|video_pad|><|vision_end|>"
 """Stands for an image too: the model replaces the embedding of ``<|video_pad|>``, so nothing hangs on its id."""
 
@@ -182,7 +183,10 @@ class PhotonProcessor(ProcessorMixin):
     def _cut(self, group: VolumeChats) -> list[_Cut]:
         """A group's volumes, images and videos."""
         merge, reader = self.merge_size, self.reader
-        volumes = [patchify(torch.as_tensor(volume), self.geometry) for volume in group.volumes]
+        given = [torch.as_tensor(volume) for volume in group.volumes]
+        if not all(bool(volume.isfinite().all()) for volume in given):
+            raise ValueError("volumes: voxels that are nan or infinite; correct the scan")
+        volumes = [patchify(volume, self.geometry) for volume in given]
         pixels = [*map(reader.image, group.images), *map(reader.video, group.videos)]
         cuts = [_Cut(p, grid, torch.ones(len(p) // merge**2, dtype=torch.bool)) for p, grid in volumes + pixels]
         if self.skip_background is not None:
@@ -193,7 +197,7 @@ class PhotonProcessor(ProcessorMixin):
 
     def _row(self, chat: Messages, counts: list[int]) -> tuple[list[int], list[int]]:
         """Token ids and labels of one conversation about volumes of ``counts`` tokens."""
-        chat = [dict(m) for m in chat]
+        chat = [{**m, "content": self._text(m["content"])} for m in chat]
         answer = chat.pop()["content"] if chat[-1]["role"] == "assistant" else None
         first = next((m for m in chat if m["role"] == "user"), None)
         if first is None:
@@ -205,6 +209,17 @@ class PhotonProcessor(ProcessorMixin):
             return ids, [IGNORE] * len(ids)
         target = self.tokenizer(answer, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
         return ids + target, [IGNORE] * len(ids) + target
+
+    def _text(self, content: Any) -> str:
+        """A message's text, checked: the tokens that mark turns and volumes are not for it to write."""
+        if not isinstance(content, str):
+            if not isinstance(content, list) or any(not isinstance(part.get("text"), str) for part in content):
+                raise ValueError("messages: content must be text, or parts of type text; volumes are given apart")
+            content = "".join(part["text"] for part in content)
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        if found := next((token for token in special if token in content), None):
+            raise ValueError(f"messages: {found} in a text; take it out, it marks turns and volumes")
+        return content
 
     def _expand(self, ids: list[int], counts: list[int]) -> list[int]:
         """Repeat each ``<|video_pad|>`` to the tokens of its volume."""

@@ -111,6 +111,7 @@ class Retention:
         threshold: ``(R)`` theta of Eq. 7.
         probability: ``(R, N)`` q of Eq. 8; carries the gradient.
         kept: ``(R, N)`` bool M of Eq. 9.
+        asked: ``(R)`` bool, False where a row has no instruction, and so keeps everything.
         rescued: number of rows in which no token was above the threshold, so that the best one stayed.
     """
 
@@ -119,6 +120,7 @@ class Retention:
     threshold: Tensor
     probability: Tensor
     kept: Tensor
+    asked: Tensor
     rescued: Tensor
 
     def keep_rate(self) -> Tensor:
@@ -130,8 +132,12 @@ class Retention:
         return masked_mean(self.probability, self.valid)[:, 0]
 
     def flipped(self) -> Tensor:
-        """``(R, N)`` the inverted mask of Eq. 20; at least the least probable token where all were kept."""
-        return at_least_one(self.valid & ~self.kept, self.valid, -self.probability)
+        """``(R, N)`` the inverted mask of Eq. 20; at least the least probable token where all were kept.
+
+        A row without instruction keeps everything here as well: nothing was chosen that could be inverted.
+        """
+        inverted = at_least_one(self.valid & ~self.kept, self.valid, -self.probability)
+        return torch.where(self.asked[:, None], inverted, self.valid)
 
 
 def instruction_weights(
@@ -343,4 +349,5 @@ def decide(
         kept = keep_best(random_scores(chance.seeds, logits.shape[1]), kept.sum(1), valid)
     rescued = (valid.any(1) & asked & ~above.any(1)).sum()
     kept = torch.where(asked[:, None], kept, valid)
-    return Retention(valid, saliency, threshold, probability, kept, rescued)
+    probability = torch.where(asked[:, None], probability, probability.detach())  # it decided nothing
+    return Retention(valid, saliency, threshold, probability, kept, asked, rescued)

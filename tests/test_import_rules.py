@@ -18,8 +18,9 @@ MODELS = ("photon", "med3dvlm", "medpruner")
 OUTSIDE_THE_PACKAGES = ("data", "benchmarks", "train.py", "eval.py")
 
 # What a released checkpoint needs to load: nothing else in model files. tokenizers and safetensors come with
-# transformers; peft is for LoRA; flash_attn is used where it is installed.
+# transformers; peft is for LoRA; flash_attn, timm and triton are used where they are installed.
 MODEL_LIBRARIES = {"torch", "transformers", "einops", "numpy", "tokenizers", "safetensors", "peft", "flash_attn"}
+MODEL_LIBRARIES |= {"timm", "triton"}
 # Rooms of mllm3d and the rooms that each may import besides itself.
 GROUND = {"errors", "config", "registry", "rundirs"}
 MAY_IMPORT = {
@@ -37,14 +38,19 @@ MAY_IMPORT = {
     "cli": GROUND | {"", "data", "training", "inference", "evaluation", "release", "doctor"},
 }
 FOR_RECIPES = GROUND | {"data", "training", "inference"}
-ONLY_IN = {"deepspeed": "mllm3d.training", "monai": "mllm3d.data"}
+ONLY_IN = {
+    "deepspeed": "mllm3d.training",
+    "monai": "mllm3d.data",
+    "timm": "med3dvlm.slicewise",
+    "triton": "med3dvlm.decomposed_triton",
+}
 DISTRIBUTIONS = {
     "yaml": "pyyaml",
     "SimpleITK": "simpleitk",
     "flash_attn": "flash-attn",
     "rouge_score": "rouge-score",
 }
-DISTRIBUTIONS |= {"bert_score": "bert-score"}
+DISTRIBUTIONS |= {"bert_score": "bert-score", "PIL": "pillow", "triton": "torch"}  # its builds for CUDA bring triton
 
 
 @dataclass(frozen=True)
@@ -175,6 +181,7 @@ def _reachable(start: str, graph: dict[str, set[str]]) -> set[str]:
         ("photon/model.py", "def f():\n    import monai", "model files"),
         ("photon/recipes.py", "from med3dvlm import model", "each other"),
         ("photon/recipes/phases.py", "import deepspeed", "only mllm3d.training"),
+        ("med3dvlm/model.py", "def f():\n    import timm", "only med3dvlm.slicewise"),
         ("photon/recipes/phases.py", "from mllm3d import cli", "recipes may import"),
         ("mllm3d/training/trainer.py", "from photon.model import Photon", "registry"),
         ("mllm3d/training/trainer.py", "from mllm3d.evaluation import scoring", "may import"),

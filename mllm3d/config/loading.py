@@ -84,9 +84,9 @@ def run_name(source: Path) -> Path:
 
 
 def config_to_yaml(config: Config) -> str:
-    """YAML with every value written out; `load` gives an equal config for it."""
+    """YAML with every value written out, but without `volume` if that is not given; `load` gives an equal config."""
     return yaml.dump(
-        _escaped(config.model_dump(mode="json")),
+        _escaped(config.model_dump(mode="json", exclude=None if config.prepares_volumes else {"volume"})),
         Dumper=_CoreDumper,
         sort_keys=False,
         default_flow_style=None,
@@ -240,12 +240,20 @@ def _parse_override(text: str) -> Layer:
 
 def _merge(parent: Layer, child: Layer) -> Layer:
     """Child over parent: mappings key by key, everything else (lists too) replaced."""
-    origins = parent.origins | child.origins
+    cleared = [path for path in child.origins if _at(child.values, path) is None]
+    kept = {path: origin for path, origin in parent.origins.items() if not any(path[: len(c)] == c for c in cleared)}
+    origins = kept | child.origins
     with _references_named(origins):
         merged = OmegaConf.merge(OmegaConf.create(parent.values), OmegaConf.create(child.values))
         values = OmegaConf.to_container(merged, resolve=False)
     assert isinstance(values, dict)
     return Layer({str(key): value for key, value in values.items()}, origins)
+
+
+def _at(values: Any, path: KeyPath) -> Any:
+    for key in path:
+        values = values[key]
+    return values
 
 
 def _resolve_references(layer: Layer) -> dict[str, Any]:
@@ -275,13 +283,16 @@ def _validate(values: dict[str, Any], layer: Layer, source: Path) -> Config:
     settings = _model_settings(values, layer)
     typed = create_model("Config", __base__=Config, model=(settings, ...))
     values.setdefault("model", {})
+    if values.get("volume") is None:  # `volume: null` clears a parent's
+        values.pop("volume", None)
     try:
         # Through JSON: pydantic's strict mode then takes a list for a tuple and a string for a path.
         checked = typed.model_validate_json(json.dumps(values))
     except ValidationError as error:
         raise UserError("\n".join(error_lines(error, typed, values, layer.origins, str(source)))) from error
     # As a plain Config: the class made above exists only here, and could not be pickled for a worker process.
-    return Config.model_construct(**{name: getattr(checked, name) for name in Config.model_fields})
+    fields = {name: getattr(checked, name) for name in Config.model_fields}
+    return Config.model_construct(checked.model_fields_set, **fields)
 
 
 def _model_settings(values: dict[str, Any], layer: Layer) -> type[Settings]:

@@ -125,14 +125,14 @@ class VolumeConfig(Settings):
 class ExpectedSize(Settings):
     """Size of a data set that is not there yet, so that `--dry-run` can count steps."""
 
-    volumes: PositiveInt = Field(description="Volumes in the training split.")
+    volumes: PositiveInt = Field(description="Volumes in the training split; or sets of images, or videos.")
     questions: PositiveInt = Field(description="Questions in the training split.")
 
 
 class DataConfig(Settings):
-    """Which questions about which volumes."""
+    """Which questions about which volumes; a row's set of images or its video counts as one volume too."""
 
-    manifest: FilePath = Field(description="JSON Lines file, one question a line; volumes relative to its folder.")
+    manifest: FilePath = Field(description="JSON Lines file, one question a line; files relative to its folder.")
     train_split: str = Field(default="train", description="Value of `split` to train on.")
     eval_split: str = Field(default="test", description="Value of `split` to evaluate on.")
     validation_split: str | None = Field(
@@ -266,9 +266,16 @@ class Config(Settings):
 
     recipe: str = Field(description="Which recipe trains, see mllm3d.registry.")
     run: RunConfig = Field(description="Run folder and seed.")
-    volume: VolumeConfig = Field(description="Preprocessing of volumes.")
+    volume: VolumeConfig = Field(
+        default=VolumeConfig(), description="Preprocessing of volumes; needed where rows have them."
+    )
     data: DataConfig = Field(description="Manifest and sampling.")
     model: SerializeAsAny[Settings] = Field(description="Settings of the recipe.")
     training: TrainingConfig = Field(description="Optimization.")
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="Evaluation after training.")
     estimate: EstimateConfig = Field(default=EstimateConfig(), description="Machine assumed by --dry-run.")
+
+    @property
+    def prepares_volumes(self) -> bool:
+        """Whether it says how: without `volume:`, or with `volume: null`, a run is on images and videos only."""
+        return "volume" in self.model_fields_set

@@ -6,6 +6,8 @@ read.
 
     MAGIC | SHA-256 of the rest | length of the JSON, 4 bytes | JSON: index map and source | Blosc2 frame
 
+`mllm3d.data.features` keeps what a frozen encoder says of a volume in the same way.
+
 Measured on one core, CT of 140 x 280 x 280 at LEVELS steps: zstd level 1 after byte shuffle 13.7 MB, packed
 in 53 ms, unpacked in 23 ms; lz4 16.3 MB, 27 and 8 ms; zstd level 3 saves 1 % more and packs in 156 ms.
 """
@@ -14,7 +16,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import blosc2
@@ -58,24 +60,25 @@ class VolumeCache:
         return found.array
 
     def _entry(self, path: Path, config: VolumeConfig, kind: str, build: Callable[[], Compact]) -> Compact:
-        key = self._key(path, config, kind)
-        file = self.root / key[:2] / f"{key}.b2"
+        # The mean and deviation are applied after reading; a preset is only a name for the other fields.
+        settings = config.model_dump(mode="json", exclude={"preset", "mean", "std"})
+        if kind == "labels":
+            settings = {name: settings[name] for name in ("spacing_mm", "crop", "shape", "flip")}
+        file = self.file(path, kind, settings, ".b2")
         if file.exists():
             try:
                 return _unpack(file.read_bytes())
             except (OSError, ValueError, RuntimeError) as error:
                 _log.warning("%s: damaged cache entry (%s); rebuilding it from %s", file, error, path)
         found = build()
-        self._write(file, _pack(found))
+        self.write(file, _pack(found))
         return found
 
-    def _key(self, path: Path, config: VolumeConfig, kind: str) -> str:
-        # The mean and deviation are applied after reading; a preset is only a name for the other fields.
-        settings = config.model_dump(mode="json", exclude={"preset", "mean", "std"})
-        if kind == "labels":
-            settings = {name: settings[name] for name in ("spacing_mm", "crop", "shape", "flip")}
+    def file(self, path: Path, kind: str, settings: Mapping[str, object], suffix: str) -> Path:
+        """Where what `kind` of thing is kept that `settings` make of the scan at `path`."""
         named = {"version": VERSION, "kind": kind, "content": self._content_hash(path), "settings": settings}
-        return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+        return self.root / key[:2] / f"{key}{suffix}"
 
     def _content_hash(self, path: Path) -> str:
         """SHA-256 of the scan's files, remembered here and on disk as long as their sizes and times stay."""
@@ -89,13 +92,14 @@ class VolumeCache:
         if content is None:
             content = content_hash(path)
             if time.time_ns() - max(s.st_mtime_ns for s in stats) > _SETTLED_NS:
-                self._write(memo, json.dumps({"stamp": stamp, "content": content}).encode())
+                self.write(memo, json.dumps({"stamp": stamp, "content": content}).encode())
             else:
                 return content
         self._hashes[path] = (stamp, content)
         return content
 
-    def _write(self, file: Path, data: bytes) -> None:
+    def write(self, file: Path, data: bytes) -> None:
+        """Write a file of the cache, complete or not at all. Raises `UserError` if the folder does not take it."""
         try:
             write_atomically(file, data)
         except OSError as error:
@@ -103,6 +107,20 @@ class VolumeCache:
                 f"{self.root}: cannot write the cache ({error.strerror}); free space there, "
                 "or set data.cache to another folder"
             ) from error
+
+
+def seal(rest: bytes) -> bytes:
+    """`rest` with its checksum in front."""
+    return MAGIC + hashlib.sha256(rest).digest() + rest
+
+
+def unseal(data: bytes) -> memoryview:
+    """What was sealed. Raises ValueError unless `data` is whole."""
+    start = len(MAGIC) + _HASH_BYTES
+    rest = memoryview(data)[start:]
+    if data[: len(MAGIC)] != MAGIC or hashlib.sha256(rest).digest() != data[len(MAGIC) : start]:
+        raise ValueError("checksum differs")
+    return rest
 
 
 def _pack(found: Compact) -> bytes:
@@ -114,16 +132,12 @@ def _pack(found: Compact) -> bytes:
     packing = blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=1, filters=[blosc2.Filter.SHUFFLE], nthreads=1)
     frame = blosc2.asarray(np.ascontiguousarray(found.array), cparams=packing).to_cframe()
     text = json.dumps(about).encode()
-    rest = len(text).to_bytes(4, "little") + text + frame
-    return MAGIC + hashlib.sha256(rest).digest() + rest
+    return seal(len(text).to_bytes(4, "little") + text + frame)
 
 
 def _unpack(data: bytes) -> Compact:
     """Raises ValueError unless `data` is a whole entry."""
-    start = len(MAGIC) + _HASH_BYTES
-    rest = memoryview(data)[start:]
-    if data[: len(MAGIC)] != MAGIC or hashlib.sha256(rest).digest() != data[len(MAGIC) : start]:
-        raise ValueError("checksum differs")
+    rest = unseal(data)
     length = int.from_bytes(rest[:4], "little")
     about = json.loads(bytes(rest[4 : 4 + length]))
     array = blosc2.ndarray_from_cframe(bytes(rest[4 + length :]))[:]

@@ -1,4 +1,4 @@
-"""How large a volume may become in memory, checked from its header before anything is allocated."""
+"""How large volumes and images may become in memory, checked from their headers before anything is allocated."""
 
 import math
 from collections.abc import Sequence
@@ -29,6 +29,22 @@ def check_size(path: Path, shape: Sequence[int], itemsize: int, packed_bytes: in
             f"of {MAX_RATIO}; if it is a real scan, store it uncompressed"
         )
     return unpacked
+
+
+MAX_PIXELS = 2**26
+"""Of an image: 8192 x 8192. A mammogram has 2**24."""
+
+MAX_VIDEO_PIXELS = 2**29
+"""Of all frames of a video together: 10 minutes of 1280 x 720 at one frame per second."""
+
+
+def check_pixels(path: Path, shape: Sequence[int], limit: int) -> None:
+    """Raises `UserError` if an image or a video of this shape has more pixels than `limit`."""
+    if (pixels := math.prod(shape)) > limit:
+        raise UserError(
+            f"{path}: {_times(shape)} are {pixels:,} pixels, over the limit of {limit:,} (mllm3d.data.limits); "
+            f"make it smaller{' or take fewer frames' if len(shape) > 2 else ''}"
+        )
 
 
 def _times(shape: Sequence[int]) -> str:

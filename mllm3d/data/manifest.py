@@ -36,14 +36,30 @@ Inside = Annotated[str, AfterValidator(_inside)]
 Filled = Annotated[str, AfterValidator(_filled)]
 
 
+class Study(NamedTuple):
+    """What a question is about: questions with equal studies share one encoding (if they have the same prior)."""
+
+    volume: str | None = None
+    images: tuple[str, ...] = ()
+    video: str | None = None
+
+    def __str__(self) -> str:
+        """The files, for messages."""
+        return ", ".join(name for name in (self.volume, *self.images, self.video) if name is not None)
+
+
 class Row(Settings):
-    """One question about one volume."""
+    """One question about one study: a volume, images in order, a video, or several of these."""
 
     id: Filled = Field(description="Unique in the manifest.")
     case: Filled = Field(description="Patient or case; a case is in one split only.")
     split: Filled = Field(description="train, validation, test or any other name.")
-    volume: Inside = Field(description="The scan, relative to the manifest's folder.")
+    volume: Inside | None = Field(default=None, description="The scan, relative to the manifest's folder.")
     prior: Inside | None = Field(default=None, description="An earlier scan of the same case.")
+    images: list[Inside] | None = Field(
+        default=None, min_length=1, description="Image files in the order in which they are shown."
+    )
+    video: Inside | None = Field(default=None, description="Folder of frames, one per second, in order of their names.")
     question: Filled = Field(description="The question, without its options.")
     answer: Filled = Field(description="The answer in words; with options, one of them.")
     options: list[Filled] | None = Field(default=None, description="Choices, in the order of their letters.")
@@ -55,6 +71,25 @@ class Row(Settings):
     meta: dict[str, str | int | float | bool | None] = Field(
         default_factory=dict, description="Whatever else the data set knows."
     )
+
+    @property
+    def study(self) -> Study:
+        """What rows are grouped by, limited by and counted by."""
+        return Study(self.volume, tuple(self.images or ()), self.video)
+
+    @property
+    def has_pixels(self) -> bool:
+        """Whether the study has images or a video."""
+        return self.images is not None or self.video is not None
+
+    @model_validator(mode="after")
+    def _shows_something(self) -> Self:
+        if self.volume is None and not self.has_pixels:
+            raise ValueError("volume, images or video: at least one of them is needed")
+        for name in ("prior", "labels"):
+            if self.volume is None and getattr(self, name) is not None:
+                raise ValueError(f"{name}: belongs to a volume, and this row has none")
+        return self
 
     @model_validator(mode="after")
     def _answer_is_an_option(self) -> Self:
@@ -125,7 +160,7 @@ def write_manifest(path: str | Path, rows: Iterable[Row]) -> None:
 
 
 def volume_path(root: str | Path, relative: str) -> Path:
-    """Where a row's path lies; `root` is the manifest's folder."""
+    """Where a row's volume, image or folder of frames lies; `root` is the manifest's folder."""
     return Path(root) / _inside(relative)
 
 
@@ -135,7 +170,7 @@ def select(
     where: Mapping[str, Sequence[str]] | None = None,
     limit_volumes: int | None = None,
 ) -> list[Row]:
-    """Rows of a split with an allowed value in each key of `where`, of the first `limit_volumes` volumes.
+    """Rows of a split with an allowed value in each key of `where`, of the first `limit_volumes` studies.
 
     Values are compared as text: numbers as written in JSON, `true`, `false`, `null`. Raises `UserError` for
     an unknown key and for an empty selection.
@@ -156,8 +191,8 @@ def select(
         if not chosen:
             raise UserError(f"where.{key}: no row of split {split!r} is left with {' or '.join(allowed) or 'no value'}")
     if limit_volumes is not None:
-        first = set(list(dict.fromkeys(row.volume for row in chosen))[:limit_volumes])
-        chosen = [row for row in chosen if row.volume in first]
+        first = set(list(dict.fromkeys(row.study for row in chosen))[:limit_volumes])
+        chosen = [row for row in chosen if row.study in first]
     return chosen
 
 

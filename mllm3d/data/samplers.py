@@ -1,4 +1,4 @@
-"""Which questions of which volumes come when: a pure function of the rows, the seed and the epoch.
+"""Which questions of which studies come when: a pure function of the rows, the seed and the epoch.
 
 So a position is two numbers, (epoch, batch index), and nothing else has to be saved to continue in the middle
 of an epoch, on any rank.
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mllm3d.data.manifest import Row
+from mllm3d.data.manifest import Row, Study
 from mllm3d.errors import UserError
 
 Position = tuple[int, int]
@@ -19,23 +19,23 @@ _QUESTIONS, _GROUPS = 0, 1  # separate random streams of an epoch
 
 
 class Group(NamedTuple):
-    """Questions that share one encoding of a volume; `rows` are indices into the schedule's rows."""
+    """Questions that share one encoding of a study; `rows` are indices into the schedule's rows."""
 
-    volume: str
+    study: Study
     prior: str | None
     rows: tuple[int, ...]
 
 
 def make_groups(rows: Sequence[Row], k: int, seed: int, epoch: int) -> list[Group]:
-    """All questions of each (volume, prior), shuffled, in groups of at most `k`; each row is in one group."""
-    by_volume: dict[tuple[str, str | None], list[int]] = {}
+    """All questions of each (study, prior), shuffled, in groups of at most `k`; each row is in one group."""
+    by_study: dict[tuple[Study, str | None], list[int]] = {}
     for index, row in enumerate(rows):
-        by_volume.setdefault((row.volume, row.prior), []).append(index)
+        by_study.setdefault((row.study, row.prior), []).append(index)
     random = np.random.default_rng((seed, epoch, _QUESTIONS))
     groups: list[Group] = []
-    for (volume, prior), indices in by_volume.items():
+    for (study, prior), indices in by_study.items():
         mixed = [indices[n] for n in random.permutation(len(indices))]
-        groups += [Group(volume, prior, tuple(mixed[start : start + k])) for start in range(0, len(mixed), k)]
+        groups += [Group(study, prior, tuple(mixed[start : start + k])) for start in range(0, len(mixed), k)]
     return groups
 
 

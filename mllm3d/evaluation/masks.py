@@ -17,15 +17,16 @@ from mllm3d.data.volumes import UNKNOWN_LABEL
 
 
 class KeptTokens(Settings):
-    """The kept tokens of a question's volumes, whose tokens are boxes of one size side by side.
+    """The kept tokens of a question's volumes, or of its images and video if it has no volume; all tokens are boxes of
+    one size side by side.
 
     Measured: 1,000 tokens take 168 characters of base64, where the rest of a prediction's line has about 420.
     """
 
     grids: Annotated[tuple[Shape, ...], Strict(False)] = Field(
-        description="Tokens of each volume along (D, H, W), a prior scan first."
+        description="Tokens of each volume along (D, H, W), a prior scan first; or of each image and video."
     )
-    voxels: Shape = Field(description="Size of a token in voxels of the model's grid (D, H, W).")
+    voxels: Shape = Field(description="Size of a token in voxels of the model's grid (D, H, W), or in resized pixels.")
     bits: str = Field(
         description="base64 of one bit per token (1: kept), the highest bit of a byte first; W runs fastest, and "
         "volumes follow each other without a gap."

@@ -1,8 +1,8 @@
 """Statistics of the kept tokens (Photon A.3.2): how many per task, how different between organs, how much of a
 labelled region they cover. They come from the predictions and the manifest's label maps alone.
 
-Shapes: labels (D, H, W) on the model's grid; masks (d, h, w) in tokens of the question's volume; a prior
-scan's tokens count in numbers of tokens, not in dissimilarity and coverage.
+Shapes: labels (D, H, W) on the model's grid; masks (d, h, w) in tokens of the question's volume, or flat (tokens,)
+of all its images and its video; a prior scan's tokens count in numbers of tokens, not in dissimilarity and coverage.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from mllm3d.config import Settings
-from mllm3d.data.manifest import Row
+from mllm3d.data.manifest import Row, Study
 from mllm3d.evaluation.masks import KeptTokens, labels_per_token
 from mllm3d.evaluation.predictions import Sample
 from mllm3d.evaluation.regions import KINDS, Named, Of
@@ -137,7 +137,11 @@ def measure(
 
 
 def _question(row: Row, sample: Sample, named: Named) -> Question:
-    return Question(row, sample, named, sample.kept.masks()[-1] if sample.kept else None)
+    if sample.kept is None:
+        return Question(row, sample, named, None)
+    masks = sample.kept.masks()
+    mask = masks[-1] if row.volume is not None else np.concatenate([mask.ravel() for mask in masks])
+    return Question(row, sample, named, mask)
 
 
 def _mode(questions: Sequence[Question], hits: Sequence[Hit]) -> ModeRetention:
@@ -206,7 +210,7 @@ def jaccard_dissimilarity(first: np.ndarray, second: np.ndarray) -> tuple[np.nda
 
 def _dissimilarities(questions: Sequence[Question]) -> list[Dissimilarity]:
     found: dict[tuple[str, str], list[tuple[int, float, float]]] = defaultdict(list)
-    for organs in _by_volume_and_organ(questions).values():
+    for organs in _by_study_and_organ(questions).values():
         for first, second in combinations_with_replacement(sorted(organs), 2):
             values = jaccard_dissimilarity(organs[first], organs[second])
             # Of one organ each pair of different questions once, a question with itself not at all.
@@ -227,12 +231,12 @@ def _dissimilarities(questions: Sequence[Question]) -> list[Dissimilarity]:
     ]
 
 
-def _by_volume_and_organ(questions: Sequence[Question]) -> dict[str, dict[str, np.ndarray]]:
-    """Volume -> organ -> masks of the questions about it, bool (questions, tokens)."""
-    groups: dict[str, dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
+def _by_study_and_organ(questions: Sequence[Question]) -> dict[Study, dict[str, np.ndarray]]:
+    """Study -> organ -> masks of the questions about it, bool (questions, tokens)."""
+    groups: dict[Study, dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
     for item in questions:
         if item.mask is not None and "organ" in item.named:
-            groups[item.row.volume][item.named["organ"].name].append(item.mask.ravel())
+            groups[item.row.study][item.named["organ"].name].append(item.mask.ravel())
     return {key: {name: np.stack(masks) for name, masks in organs.items()} for key, organs in groups.items()}
 
 
@@ -241,11 +245,11 @@ def _by_volume_and_organ(questions: Sequence[Question]) -> dict[str, dict[str, n
 
 def _hits(questions: Mapping[str, Sequence[Question]], label_map: LabelMap, share: float) -> dict[str, list[Hit]]:
     """Per mode, every region that a question names and a label map shows; each map is read once."""
-    volumes: dict[tuple[str, str], dict[str, list[Question]]] = defaultdict(lambda: defaultdict(list))
+    volumes: dict[tuple[Study, str], dict[str, list[Question]]] = defaultdict(lambda: defaultdict(list))
     for mode, items in questions.items():
         for item in items:
             if item.mask is not None and item.row.labels is not None:
-                volumes[(item.row.volume, item.row.labels)][mode].append(item)
+                volumes[(item.row.study, item.row.labels)][mode].append(item)
     hits: dict[str, list[Hit]] = {mode: [] for mode in questions}
     for modes in volumes.values():
         first = next(iter(modes.values()))[0]
@@ -310,9 +314,9 @@ def _coverages(hits: Sequence[Hit]) -> list[Coverage]:
 
 def _coverage(kind: Of, name: str | None, hits: Sequence[Hit]) -> Coverage:
     present = [hit for hit in hits if hit.blocks]
-    by_volume: dict[str, list[Hit]] = defaultdict(list)
+    by_volume: dict[Study, list[Hit]] = defaultdict(list)
     for hit in present:
-        by_volume[hit.question.row.volume].append(hit)
+        by_volume[hit.question.row.study].append(hit)
     return Coverage(
         of=kind,
         name=name,

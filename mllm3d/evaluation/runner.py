@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from mllm3d.config import Config, EvaluationMode
 from mllm3d.data.cache import VolumeCache
-from mllm3d.data.manifest import Row, read_manifest, select, volume_path
+from mllm3d.data.dataset import load_pixels
+from mllm3d.data.manifest import Row, Study, read_manifest, select, volume_path
 from mllm3d.data.preprocess import Prepared
 from mllm3d.data.prompts import question_text
 from mllm3d.errors import UserError
@@ -37,10 +38,25 @@ ORIGIN = "origin.json"
 
 
 @dataclass(frozen=True)
-class Work:
-    """Questions about the same volumes that are answered in one call."""
+class Shown:
+    """A study as the model is asked about it."""
 
-    volumes: tuple[str, ...]  # relative to the manifest, a prior scan first
+    volumes: Sequence[Prepared]  # a prior scan first
+    images: Sequence[np.ndarray]
+    videos: Sequence[np.ndarray]
+
+    def emptied(self) -> "Shown":
+        """Nothing to see, all else alike: the lowest value of the window everywhere, and black pixels."""
+        volumes = [replace(item, array=np.full_like(item.array, item.array.min())) for item in self.volumes]
+        return Shown(volumes, *([np.zeros_like(item) for item in items] for items in (self.images, self.videos)))
+
+
+@dataclass(frozen=True)
+class Work:
+    """Questions about the same study that are answered in one call."""
+
+    study: Study
+    prior: str | None
     modality: str
     rows: tuple[Row, ...]
 
@@ -87,7 +103,7 @@ def evaluate(config: Config, checkpoint: Path | None = None, device: str | None 
 
 def _label_map(root: Path, predictor: Predictor, cache: VolumeCache, row: Row) -> np.ndarray:
     """A row's label map on the grid of its preprocessed volume; root: the manifest's folder."""
-    assert row.labels is not None
+    assert row.volume is not None and row.labels is not None
     settings = predictor.volume_config(row.modality)
     volume = cache.get(volume_path(root, row.volume), settings)
     return cache.get_labels(volume_path(root, row.labels), settings, like=volume)
@@ -121,15 +137,14 @@ def predictions_file(folder: Path, mode: str) -> Path:
     return folder / f"predictions-{mode}.jsonl"
 
 
-def group_by_volume(rows: Sequence[Row], batch_questions: int) -> list[Work]:
-    """Rows of the same volumes together, at most `batch_questions` a call, in the manifest's order."""
-    groups: dict[tuple[tuple[str, ...], str], list[Row]] = defaultdict(list)
+def group_by_study(rows: Sequence[Row], batch_questions: int) -> list[Work]:
+    """Rows of the same study together, at most `batch_questions` a call, in the manifest's order."""
+    groups: dict[tuple[Study, str | None, str], list[Row]] = defaultdict(list)
     for row in rows:
-        volumes = (row.volume,) if row.prior is None else (row.prior, row.volume)
-        groups[(volumes, row.modality)].append(row)
+        groups[(row.study, row.prior, row.modality)].append(row)
     return [
-        Work(volumes, modality, tuple(members[start : start + batch_questions]))
-        for (volumes, modality), members in groups.items()
+        Work(*key, tuple(members[start : start + batch_questions]))
+        for key, members in groups.items()
         for start in range(0, len(members), batch_questions)
     ]
 
@@ -151,7 +166,7 @@ def _rows(config: Config) -> tuple[list[Row], list[Row]]:
 
 
 def _answer_all(config: Config, predictor: Predictor, cache: VolumeCache, rows: Sequence[Row], folder: Path) -> None:
-    """Volume by volume, so that each is read once for all modes and questions."""
+    """Study by study, so that each is read once for all modes and questions."""
     modes, root = config.evaluation.modes, config.data.manifest.parent
     done = {mode: {sample.id for sample in read(predictions_file(folder, mode))} for mode in modes}
     finished = sum(row.id in done[mode] for mode in modes for row in rows)
@@ -160,32 +175,39 @@ def _answer_all(config: Config, predictor: Predictor, cache: VolumeCache, rows: 
         streams = {
             mode: stack.enter_context(predictions_file(folder, mode).open("a", encoding="utf-8")) for mode in modes
         }
-        for work in group_by_volume(rows, config.evaluation.batch_questions):
-            prepared: list[Prepared] = []
+        for work in group_by_study(rows, config.evaluation.batch_questions):
+            shown: Shown | None = None
             for mode in modes:
                 open_rows = [row for row in work.rows if row.id not in done[mode]]
                 if not open_rows:
                     continue
-                if not prepared:
-                    settings = predictor.volume_config(work.modality)
-                    prepared = [cache.get(volume_path(root, name), settings) for name in work.volumes]
-                append(streams[mode], _answer(config, predictor, prepared, open_rows, mode))
+                if shown is None:
+                    shown = _read(work, root, predictor, cache)
+                append(streams[mode], _answer(config, predictor, shown, open_rows, mode))
                 bar.update(len(open_rows))
 
 
+def _read(work: Work, root: Path, predictor: Predictor, cache: VolumeCache) -> Shown:
+    settings = predictor.volume_config(work.modality)
+    names = [name for name in (work.prior, work.study.volume) if name is not None]
+    return Shown([cache.get(volume_path(root, name), settings) for name in names], *load_pixels(work.study, root))
+
+
 def _answer(
-    config: Config, predictor: Predictor, volumes: Sequence[Prepared], rows: Sequence[Row], mode: EvaluationMode
+    config: Config, predictor: Predictor, shown: Shown, rows: Sequence[Row], mode: EvaluationMode
 ) -> list[Sample]:
     model_mode: Mode = "scheduled" if mode == "zeroed" else mode
-    if mode == "zeroed":  # the lowest value of the window everywhere: nothing to see, all else alike
-        volumes = [replace(item, array=np.full_like(item.array, item.array.min())) for item in volumes]
+    if mode == "zeroed":
+        shown = shown.emptied()
     start = time.perf_counter()
     answers = predictor.answer(
-        volumes,
+        shown.volumes,
         [question_text(row) for row in rows],
         model_mode,
         config.evaluation.max_new_tokens,
         config.run.seed,
+        shown.images,
+        shown.videos,
     )
     seconds = (time.perf_counter() - start) / len(rows)
     return [
@@ -205,17 +227,20 @@ def _answer(
             seconds_first=answer.seconds_first,
             seconds_last=answer.seconds_total,
             new_tokens=answer.new_tokens,
-            kept=_kept(predictor, answer, volumes) if config.evaluation.keep_masks else None,
+            kept=_kept(predictor, answer, shown) if config.evaluation.keep_masks else None,
         )
         for row, answer in zip(rows, answers, strict=True)
     ]
 
 
-def _kept(predictor: Predictor, answer: Answer, volumes: Sequence[Prepared]) -> KeptTokens | None:
-    """Which tokens stayed; None where the model cannot say, or in a way that has no grid."""
+def _kept(predictor: Predictor, answer: Answer, shown: Shown) -> KeptTokens | None:
+    """Which tokens stayed; None where the model cannot say, or in a way that has no grid. Of a study that has
+    volumes, only theirs, for these are what label maps are laid over."""
     if answer.kept is None:
         return None
-    return pack_kept(answer.kept, [predictor.adapter.token_boxes(item.array.shape) for item in volumes])
+    boxes = predictor.boxes([item.array.shape for item in shown.volumes], shown.images, shown.videos)
+    boxes = boxes[: len(shown.volumes)] or boxes
+    return pack_kept(answer.kept[: sum(map(len, boxes))], boxes)
 
 
 def _in_order(samples: Sequence[Sample], rows: Sequence[Row]) -> list[Sample]:
@@ -257,7 +282,7 @@ def _open_folder(folder: Path, origin: dict[str, str]) -> None:
 def _warn_of_other_preprocessing(config: Config, predictor: Predictor) -> None:
     ours, theirs = (volume.model_dump(exclude={"preset"}) for volume in (config.volume, predictor.checkpoint.volume))
     differing = [key for key in ours if ours[key] != theirs[key]]
-    if differing:
+    if differing and config.prepares_volumes:
         print(
             f"warning: {predictor.checkpoint.name}: trained with other volume.{', volume.'.join(differing)} "
             "than the config says; the checkpoint's own preprocessing is used",

@@ -1,14 +1,14 @@
 """What a model must offer to be asked questions: the seam between `Predictor` and the model packages.
 
 A model package registers one class per `model_type` in `mllm3d.registry.ADAPTERS`. The class gets volumes
-that are already preprocessed and knows nothing of files, manifests or scans; the framework knows nothing of
-the model's tokens but what stands here.
+that are already preprocessed, and images and videos as they are stored. It knows nothing of files, manifests or
+scans; the framework knows nothing of the model's tokens but what stands here.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 
@@ -23,12 +23,13 @@ class RawAnswer:
     """The answer to one question.
 
     text: the decoded answer, special tokens removed and stripped.
-    tokens_before, tokens_after: visual tokens of all volumes (background that was left out counts), and those
+    tokens_before, tokens_after: visual tokens of all that is shown (background that was left out counts), and those
         that remain after the scheduling layer.
     new_tokens: generated tokens, the end token included.
-    seconds_first: wall time until this question's first token, the (shared) encoding of the volumes included.
+    seconds_first: wall time until this question's first token, the (shared) encoding of what is shown included.
     seconds_total: wall time until its last token.
-    kept: bool (tokens_before,), volumes one after the other in the order given; None if the model cannot say.
+    kept: bool (tokens_before,), of volumes, then images, then videos, each in the order given; None if the model
+        cannot say.
     """
 
     text: str
@@ -42,6 +43,9 @@ class RawAnswer:
 
 class Adapter(Protocol):
     """One loaded model."""
+
+    takes_pixels: ClassVar[bool] = False
+    """Whether `answer` is about images and videos too, and `pixel_boxes` is there; not so where it is left out."""
 
     @classmethod
     def load(cls, directory: Path, device: "torch.device", dtype: "torch.dtype") -> Self:
@@ -58,8 +62,10 @@ class Adapter(Protocol):
         mode: Mode,
         max_new_tokens: int,
         seed: int,
+        images: Sequence[np.ndarray] = (),
+        videos: Sequence[np.ndarray] = (),
     ) -> list[RawAnswer]:
-        """Greedy answers, in the order of the questions, all about the same volumes.
+        """Greedy answers, in the order of the questions, all about the same volumes, images and videos.
 
         volumes: float32 (D, H, W) in model units (`mllm3d.data.preprocess.Prepared.array`), a prior scan
             first; encoded once for all questions.
@@ -69,6 +75,8 @@ class Adapter(Protocol):
             that a question's draw does not depend on which others share the call. `noisy` is `scheduled` with
             its thresholds off by up to 10 %; `evicted` is `scheduled` without the dropped tokens' keys and values
             in the layers below the drop. A model without thresholds or caches answers as `scheduled`.
+        images: uint8 (H, W) or (H, W, 3); videos: uint8 (T, H, W) or (T, H, W, 3). Never given (not even empty) to a
+            class without `takes_pixels`, which may leave them out of its signature.
         """
         ...
 
@@ -77,5 +85,12 @@ class Adapter(Protocol):
 
         Returns int (tokens, 3, 2): per token (start, stop) on each of D, H, W, in the order of
         `RawAnswer.kept`. A box may reach past the volume's end where the model pads it.
+        """
+        ...
+
+    def pixel_boxes(self, shape: tuple[int, int, int]) -> np.ndarray:
+        """The same for a video of this (T, H, W) shape as given, or an image (T = 1), after the model's resizing.
+
+        The last box ends in H and W where the resized frames end.
         """
         ...

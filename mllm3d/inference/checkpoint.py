@@ -1,6 +1,7 @@
 """Where a checkpoint's files are, whichever folder of it a user names."""
 
 import json
+import re
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -12,6 +13,7 @@ from mllm3d.errors import UserError
 from mllm3d.rundirs import has_checkpoint, newest_step
 
 PREPROCESSING = "preprocessing.json"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
     model_of_a_step = model.name == "model" and model.absolute().parent.name.startswith("step_")
     name = (model.absolute().parent if model_of_a_step else model.resolve()).name
     return Checkpoint(model, name, _model_type(model), _preprocessing(model))
+
+
+def source_folder(source: str, key: str = "model.checkpoint") -> str:
+    """Where a setting's weights are: a model folder, that of a run or of one of its steps, or a hub name as it is.
+
+    `key`: of the setting, for the error where there is no such folder.
+    """
+    path = Path(source)
+    on_hub = HUB_NAME.fullmatch(source) and not path.parent.is_dir()
+    if not path.exists() and not on_hub:
+        raise UserError(f"{key}: {source}: no such folder; name a model folder, a run or a hub name")
+    within = path.is_dir() and not (path / "config.json").is_file()
+    return str(open_checkpoint(path).model) if within else source
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

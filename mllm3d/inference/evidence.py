@@ -1,8 +1,11 @@
-"""What stayed: kept tokens as voxels of the original scan, and a picture of three planes (Photon Fig. 3)."""
+"""What stayed: kept tokens as voxels of the original scan, and a picture of three planes (Photon Fig. 3), or of images
+and a video's frames."""
 
+import math
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -11,11 +14,13 @@ from mllm3d.data.volumes import Volume
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PURPLE = "#7b2fd0"
 WHITE_WASH = 0.8  # how far a dropped voxel moves towards white
 HALF = 0.5 + 1e-6  # a centre on the border of two voxels belongs to the upper one, whatever the rounding
 OUTSIDE = 0.5  # brightness of voxels the model never saw
+MOST_SLABS = 12  # of a video in one picture
 
 
 def boxes_to_mask(boxes: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
@@ -76,8 +81,12 @@ def draw(volume: Volume, prepared: Prepared, mask: np.ndarray, title: str, path:
     figure = Figure(figsize=(13.5, 5.6), layout="constrained")
     for axes, axis in zip(figure.subplots(1, 3), range(3), strict=True):
         _draw_plane(axes, axis, centre[axis], grey, kept, seen, volume.spacing_mm)
+    _save(figure, title, "outlined: tokens kept    white: tokens dropped    dark: not seen by the model", path)
+
+
+def _save(figure: "Figure", title: str, legend: str, path: Path) -> None:
     figure.suptitle(title, wrap=True)
-    figure.supxlabel("outlined: tokens kept    white: tokens dropped    dark: not seen by the model", fontsize=9)
+    figure.supxlabel(legend, fontsize=9)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # of the answer, drawn as a box
         figure.savefig(path, dpi=110, metadata={"Software": None})
@@ -116,14 +125,66 @@ def _draw_plane(
     shown = np.where(inside, np.where(stays, image, image + WHITE_WASH * (1 - image)), OUTSIDE * image)
     rows, columns = (spacing_mm[other] for other in range(3) if other != axis)
     axes.imshow(shown, cmap="gray", vmin=0, vmax=1, aspect=rows / columns, interpolation="nearest")
-    if stays.any() and not stays.all():
-        axes.contour(stays.astype(float), levels=[0.5], colors=[PURPLE], linewidths=1.4)
-    axes.set_title(f"{name}, plane {index}")
-    axes.set_xticks([])
-    axes.set_yticks([])
+    _outline(axes, stays, f"{name}, plane {index}")
     places = ((0.02, 0.5), (0.98, 0.5), (0.5, 0.97), (0.5, 0.03))
     for (x, y), letter in zip(places, letters, strict=True):
         axes.text(x, y, letter, transform=axes.transAxes, **_LETTER)
+
+
+def _outline(axes: "Axes", stays: np.ndarray, title: str) -> None:
+    """What stays of an image, (rows, columns) bool, in purple; a title instead of ticks."""
+    if stays.any() and not stays.all():
+        axes.contour(stays.astype(float), levels=[0.5], colors=[PURPLE], linewidths=1.4)
+    axes.set_title(title)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+class Part(NamedTuple):
+    """An image or a video and its tokens.
+
+    frames: uint8 (T, H, W) or (T, H, W, 3), T = 1 of an image. boxes, kept: of all tokens and of those that stayed,
+    (tokens, 3, 2), half-open, on the frames as the model resized them.
+    """
+
+    frames: np.ndarray
+    boxes: np.ndarray
+    kept: np.ndarray
+
+
+def draw_pixels(names: Sequence[str], parts: Sequence[Part], title: str, path: Path) -> None:
+    """PNG with the images, and of a video the first frame of each slab (of MOST_SLABS at most, evenly chosen).
+
+    Dropped tokens are washed out towards white, kept ones outlined.
+    """
+    from matplotlib.figure import Figure
+
+    panels = [panel for name, part in zip(names, parts, strict=True) for panel in _panels(name, part)]
+    columns = math.ceil(math.sqrt(len(panels)))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(max(6.0, 3.5 * columns), 3.5 * rows + 1), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (name, pixels, stays) in zip(grid, panels, strict=False):
+        mask = stays if pixels.ndim == 2 else stays[..., None]
+        shown = pixels.astype(np.float32) / 255
+        axes.imshow(np.where(mask, shown, shown + WHITE_WASH * (1 - shown)), cmap="gray", vmin=0, vmax=1)
+        _outline(axes, stays, name)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    _save(figure, title, "outlined: tokens kept    white: tokens dropped", path)
+
+
+def _panels(name: str, part: Part) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Title, pixels, and which of them lie in kept tokens."""
+    depth, (_, height, width) = int(part.boxes[0, 0, 1]), part.boxes[-1, :, 1].tolist()
+    slabs = int(part.boxes[-1, 0, 1]) // depth
+    mask = boxes_to_mask(part.kept // np.array([depth, 1, 1])[:, None], (slabs, height, width))
+    rows, columns = part.frames.shape[1:3]
+    # A pixel lies in the token that its centre lies in.
+    y, x = (np.arange(2 * n)[1::2] * size // (2 * n) for n, size in ((rows, height), (columns, width)))
+    for slab in np.unique(np.linspace(0, slabs - 1, min(slabs, MOST_SLABS)).round().astype(int)).tolist():
+        place = "" if len(part.frames) == 1 else f", frame {slab * depth + 1} of {len(part.frames)}"
+        yield name + place, part.frames[slab * depth], mask[slab][np.ix_(y, x)]
 
 
 def _centre(mask: np.ndarray) -> tuple[int, int, int]:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -83,25 +83,57 @@ class Predictor:
         mode: Mode = "scheduled",
         max_new_tokens: int = 512,
         seed: int = 0,
+        images: Sequence[np.ndarray] = (),
+        videos: Sequence[np.ndarray] = (),
     ) -> list[Answer]:
-        """Answers in the order of the questions, all about the same volumes (a prior scan first)."""
+        """Answers in the order of the questions, all about the same volumes (a prior scan first), images and videos.
+
+        images, videos: see `mllm3d.data.images`. Raises `UserError` where the model takes none.
+        """
         prepared = [item if isinstance(item, Prepared) else self.prepare(read_volume(item)) for item in volumes]
         arrays = [item.array for item in prepared]
-        raw = self.adapter.answer(arrays, list(questions), mode, max_new_tokens, seed)
+        pixels: dict[str, Any] = {}
+        if len(images) or len(videos):
+            self._must_take_pixels()
+            pixels = {"images": images, "videos": videos}
+        raw = self.adapter.answer(arrays, list(questions), mode, max_new_tokens, seed, **pixels)
         return [Answer(**vars(item)) for item in raw]
+
+    def _must_take_pixels(self) -> None:
+        # An adapter need not derive from the protocol.
+        if not getattr(self.adapter, "takes_pixels", False):
+            raise UserError(
+                f"{self.checkpoint.name}: a model of type {self.checkpoint.model_type} takes volumes, "
+                "no images or videos; name another checkpoint"
+            )
+
+    def boxes(
+        self,
+        shapes: Sequence[tuple[int, int, int]],
+        images: Sequence[np.ndarray] = (),
+        videos: Sequence[np.ndarray] = (),
+    ) -> list[np.ndarray]:
+        """Boxes (tokens, 3, 2) of all that was shown, in the order of `Answer.kept`; shapes: of the volumes."""
+        of_pixels = [(1, *image.shape[:2]) for image in images] + [video.shape[:3] for video in videos]
+        return [self.adapter.token_boxes(shape) for shape in shapes] + [
+            self.adapter.pixel_boxes(shape) for shape in of_pixels
+        ]
 
     def kept_boxes(self, answer: Answer, shapes: Sequence[tuple[int, int, int]], index: int = -1) -> np.ndarray:
         """Boxes (kept tokens, 3, 2) on the model grid of volume `index` out of those that were asked about.
 
         shapes: (D, H, W) of all those volumes in the order they were given.
         """
+        return self.kept_of(answer, self.boxes(shapes))[index]
+
+    def kept_of(self, answer: Answer, boxes: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Those of `boxes` (of all that was shown, see there) that stayed."""
         if answer.kept is None:
             raise ValueError(f"{type(self.adapter).__name__} does not say which tokens it kept")
-        boxes = [self.adapter.token_boxes(shape) for shape in shapes]
         ends = np.cumsum([len(item) for item in boxes])
         if ends[-1] != len(answer.kept):
-            raise ValueError(f"{len(answer.kept)} tokens in the answer, {ends[-1]} boxes on the volumes")
-        return boxes[index][np.split(answer.kept, ends[:-1])[index]]
+            raise ValueError(f"{len(answer.kept)} tokens in the answer, {ends[-1]} boxes on what was shown")
+        return [item[kept] for item, kept in zip(boxes, np.split(answer.kept, ends[:-1]), strict=True)]
 
 
 def _adapter_of(checkpoint: Checkpoint) -> type[Adapter]:

@@ -34,7 +34,7 @@ def build_engine(config: Config, recipe: Recipe, world: World, total_steps: int)
     with world.together():
         model = recipe.build()
         if training.activation_checkpointing:
-            _checkpoint_activations(model)
+            checkpoint_activations(model)
     optimizer = build_optimizer(model, recipe.parameter_groups(model), training.optimizer)
     peaks = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -99,8 +99,11 @@ def is_plain(engine: Any) -> bool:
     return engine.optimizer is engine.basic_optimizer
 
 
-def _checkpoint_activations(model: nn.Module) -> None:
-    enable = getattr(model, "gradient_checkpointing_enable", None)
+def checkpoint_activations(model: nn.Module) -> None:
+    """Have the backward pass recompute activations. Raises `UserError` if the model does not offer it."""
+    # The second is the name of older transformers.
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next((getattr(model, name) for name in names if hasattr(model, name)), None)
     if enable is None:
         raise UserError("training.activation_checkpointing: this model does not offer it; set it to false")
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable({"use_reentrant": False})

@@ -8,18 +8,27 @@ from mllm3d.config import Config, TrainingConfig
 from mllm3d.data.manifest import Row, read_manifest, select
 from mllm3d.data.samplers import make_groups
 from mllm3d.training.optim import trainable_and_frozen
-from mllm3d.training.recipe import ParameterGroup, Recipe
+from mllm3d.training.recipe import Description, ParameterGroup, Recipe
 
 GIB = 1024**3
 
 
 class Size(NamedTuple):
-    """The training split, and where the numbers come from. groups: encodings of a volume in an epoch."""
+    """The training split, and where the numbers come from. groups: encodings of a volume in an epoch.
+
+    volumes: or sets of images, or videos. pixels: whether there are such; only_pixels: whether there are no volumes.
+    """
 
     volumes: int
     questions: int
     groups: int
     source: str
+    pixels: bool
+    only_pixels: bool
+
+    @property
+    def noun(self) -> str:
+        return "studies" if self.pixels else "volumes"
 
 
 @dataclass(frozen=True)
@@ -40,12 +49,11 @@ def report(config: Config, recipe: Recipe) -> str:
     model = recipe.build(meta=True)
     trainable, frozen = trainable_and_frozen(model)
     described = recipe.describe()
-    tokens = described.get("tokens_per_volume")
-    size = data_size(config)
+    size = data_size(config, recipe)
     lines = [
         ("recipe", config.recipe),
         ("parameters", f"{_count(trainable)} trainable, {_count(frozen)} frozen"),
-        ("tokens per volume", f"{tokens:,}" if tokens else "differ: volume.shape and volume.crop are not set"),
+        *_token_lines(config, size, described),
         *_memory_lines(config, recipe.parameter_groups(model), trainable, frozen),
         *_time_lines(config, size, described.get("flops_per_volume")),
     ]
@@ -53,23 +61,26 @@ def report(config: Config, recipe: Recipe) -> str:
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
 
 
-def data_size(config: Config) -> Size | None:
+def data_size(config: Config, recipe: Recipe) -> Size | None:
     """From the manifest if it is there, else from data.expected; None without both."""
     data = config.data
     if data.manifest.is_file():
         rows = select(read_manifest(data.manifest), data.train_split, data.where, data.limit_volumes)
+        recipe.check_rows(rows)
         return _counted(rows, data.questions_per_volume, str(data.manifest))
     if data.expected is None:
         return None
     volumes, questions = data.expected.volumes, data.expected.questions
     # As if every volume had the same number of questions.
     groups = min(questions, volumes * math.ceil(questions / volumes / data.questions_per_volume))
-    return Size(volumes, questions, groups, f"data.expected, because {data.manifest} is not there yet")
+    source, pixels = f"data.expected, because {data.manifest} is not there yet", not config.prepares_volumes
+    return Size(volumes, questions, groups, source, pixels, pixels)
 
 
 def _counted(rows: list[Row], questions_per_volume: int, source: str) -> Size:
     groups = len(make_groups(rows, questions_per_volume, seed=0, epoch=0))
-    return Size(len({row.volume for row in rows}), len(rows), groups, source)
+    pixels, only_pixels = any(row.has_pixels for row in rows), all(row.volume is None for row in rows)
+    return Size(len({row.study for row in rows}), len(rows), groups, source, pixels, only_pixels)
 
 
 def count_steps(training: TrainingConfig, batches_per_epoch: int) -> int:
@@ -120,6 +131,20 @@ def _memory_lines(config: Config, groups: list[ParameterGroup], trainable: int, 
     ]
 
 
+def _token_lines(config: Config, size: Size | None, described: Description) -> list[tuple[str, str]]:
+    """Of what the data has: volumes, images (and videos), or both."""
+    lines = []
+    if config.prepares_volumes if size is None else not size.only_pixels:
+        tokens = described.get("tokens_per_volume")
+        text = f"{tokens:,}" if tokens else "differ: volume.shape and volume.crop are not set"
+        lines.append(("tokens per volume", text))
+    if not config.prepares_volumes if size is None else size.pixels:
+        most = described.get("most_tokens_per_image")
+        text = f"at most {most:,}; of a video for each slab of frames" if most else "unknown: the recipe does not say"
+        lines.append(("tokens per image", text))
+    return lines
+
+
 def _time_lines(config: Config, size: Size | None, flops_per_volume: float | None) -> list[tuple[str, str]]:
     training, estimate = config.training, config.estimate
     per_step = training.volumes_per_batch * training.accumulation * estimate.gpus
@@ -131,9 +156,11 @@ def _time_lines(config: Config, size: Size | None, flops_per_volume: float | Non
     else:
         batches = math.ceil(size.groups / (training.volumes_per_batch * estimate.gpus))
         steps = count_steps(training, batches)
-        lines = [("data", f"{size.volumes:,} volumes, {size.questions:,} questions ({size.source})")]
-    most = per_step * config.data.questions_per_volume
-    lines.append(("steps", f"{steps:,} of {per_step:,} volumes ({most:,} questions at most)"))
+        lines = [("data", f"{size.volumes:,} {size.noun}, {size.questions:,} questions ({size.source})")]
+    most, noun = per_step * config.data.questions_per_volume, size.noun if size else "volumes"
+    lines.append(("steps", f"{steps:,} of {per_step:,} {noun} ({most:,} questions at most)"))
+    if size is not None and size.pixels:
+        return [*lines, ("hours", "unknown: images and videos differ in size")]
     if flops_per_volume is None:
         return [*lines, ("hours", "unknown: the recipe gives no FLOPs")]
     speed = estimate.gpus * estimate.peak_flops * estimate.mfu

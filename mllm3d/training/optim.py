@@ -25,6 +25,31 @@ def build_optimizer(model: nn.Module, groups: list[ParameterGroup], config: Opti
     return AdamW(plain, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
+def parameter_groups(
+    model: nn.Module,
+    config: OptimizerConfig,
+    rate: Callable[[str], float] | None = None,
+    is_hidden: Callable[[str], bool] = lambda name: False,
+) -> list[ParameterGroup]:
+    """The trainable parameters by rate, decay (matrices only), and whether Muon may take them.
+
+    rate: peak rate of a parameter by its name; `config.lr` by default. is_hidden: whether a matrix of this name stands
+    between other layers.
+    """
+    groups: dict[tuple[float, float, bool], ParameterGroup] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+        muon = config.name == "muon" and parameter.ndim == 2 and is_hidden(name)
+        key = (config.lr if rate is None else rate(name), decay, muon)
+        if key not in groups:
+            label = f"lr{key[0]:g}-wd{decay:g}" + ("-muon" if muon else "")
+            groups[key] = ParameterGroup(name=label, params=[], lr=key[0], weight_decay=decay, use_muon=muon)
+        groups[key]["params"].append(parameter)
+    return list(groups.values())
+
+
 def _check_groups(model: nn.Module, groups: list[ParameterGroup]) -> None:
     parameters = [parameter for group in groups for parameter in group["params"]]
     if not parameters:

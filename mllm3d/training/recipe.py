@@ -5,7 +5,7 @@ Everything else (steps, ranks, precision, checkpoints, logs) belongs to the trai
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NotRequired, TypedDict
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from mllm3d.config import Config, Settings
 from mllm3d.data.dataset import GroupItem
+from mllm3d.data.manifest import Row
+from mllm3d.errors import UserError
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, tuple[Tensor | float, Tensor | float]]
@@ -58,11 +60,27 @@ class ParameterGroup(TypedDict):
 class Description(TypedDict):
     """Figures for `--dry-run` and MFU, as far as they are known.
 
+    most_tokens_per_image: of the largest image that enters, or of a depth slab of a video's frames.
     flops_per_volume: of a forward and a backward pass on one of `counts`' volumes with its questions.
     """
 
     tokens_per_volume: NotRequired[int]
+    most_tokens_per_image: NotRequired[int]
     flops_per_volume: NotRequired[float]
+
+
+@dataclass(frozen=True)
+class FrozenEncoder:
+    """What does not learn and is computed once for each volume, apart from the model that trains.
+
+    Attributes:
+        module: in eval mode. identity: a hash of all that its outputs depend on but the volume.
+        encode: (module, volume (D, H, W) on its device) -> features by name.
+    """
+
+    module: nn.Module
+    identity: str
+    encode: Callable[[nn.Module, Tensor], Mapping[str, Tensor]]
 
 
 class Recipe(ABC):
@@ -72,8 +90,21 @@ class Recipe(ABC):
     wants_labels: ClassVar[bool] = False
     """True: `GroupItem.labels` are filled (label maps on the model's grid)."""
 
+    wants_volumes: ClassVar[bool] = True
+    """False: it learns from the rows' texts alone, and no volume is read."""
+
+    takes_pixels: ClassVar[bool] = False
+    """True: `collate` takes `GroupItem.images` and `GroupItem.videos`; else rows that have them are errors."""
+
     def __init__(self, config: Config) -> None:
         self.config = config
+
+    def check_rows(self, rows: Sequence[Row]) -> None:
+        """Raises `UserError` for rows that this run cannot be given."""
+        if not self.config.prepares_volumes and (row := next((row for row in rows if row.volume), None)):
+            raise UserError(f"volume: is missing, and row {row.id} has a volume; say how volumes are prepared")
+        if not self.takes_pixels and (row := next((row for row in rows if row.has_pixels), None)):
+            raise UserError(f"row {row.id}: {row.study}: {self.config.recipe} takes volumes, no images or videos")
 
     @abstractmethod
     def build(self, meta: bool = False) -> nn.Module:
@@ -81,6 +112,10 @@ class Recipe(ABC):
 
         `meta=True`: the same parameters on `torch.device("meta")`, without reading weights.
         """
+
+    def frozen_encoder(self) -> FrozenEncoder | None:
+        """An encoder whose outputs `collate` takes in place of volumes; None: it wants the volumes."""
+        return None
 
     @abstractmethod
     def parameter_groups(self, model: nn.Module) -> list[ParameterGroup]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mllm3d.config import Config, TrainingConfig
 from mllm3d.data.cache import VolumeCache
-from mllm3d.data.dataset import Loaded, batch_loader
+from mllm3d.data.dataset import Loaded, Reader, batch_loader
 from mllm3d.data.manifest import Row, read_manifest, select
 from mllm3d.data.samplers import BatchSchedule
 from mllm3d.training import distributed
@@ -16,12 +16,13 @@ from mllm3d.training.checkpoint import Checkpoints, Progress, identity
 from mllm3d.training.distributed import World
 from mllm3d.training.engine import build_engine
 from mllm3d.training.estimate import count_steps
+from mllm3d.training.features import with_features
 from mllm3d.training.logging import MetricsLog
 from mllm3d.training.optim import trainable_and_frozen
 from mllm3d.training.recipe import Recipe
 from mllm3d.training.rundir import open_run
 from mllm3d.training.step import train_step
-from mllm3d.training.validation import Validation
+from mllm3d.training.validation import Validation, validation_rows
 
 Evaluate = Callable[[Any, int], float]
 """(DeepSpeed engine, step) -> a value, higher is better. Called by all ranks before each checkpoint; all of
@@ -37,7 +38,7 @@ def fit(config: Config, recipe: Recipe, resume: bool = False, evaluate: Evaluate
     training = config.training
     world = distributed.start(config.run.threads)
     run = open_run(config, world, resume)
-    rows = training_rows(config, world)
+    rows = training_rows(config, recipe, world)
     schedule = BatchSchedule(
         rows,
         config.data.questions_per_volume,
@@ -53,9 +54,10 @@ def fit(config: Config, recipe: Recipe, resume: bool = False, evaluate: Evaluate
     progress = checkpoints.load(engine) if resume else Progress()
     if progress.position is not None:
         schedule.seek(progress.position)
-    batches = open_loader(config, recipe, schedule)
+    reader = open_reader(config, recipe, world, rows)
+    batches = batch_loader(schedule, reader, recipe.collate, config.data.workers)
     if evaluate is None and config.data.validation_split is not None:
-        evaluate = Validation(config, recipe, world, total_steps)
+        evaluate = Validation(config, recipe, world, reader, total_steps)
     if resume:
         checkpoints.restore_random_state()
 
@@ -90,26 +92,32 @@ def announce(engine: Any, run: Path, first_step: int, total_steps: int, world: W
         )
 
 
-def training_rows(config: Config, world: World) -> list[Row]:
+def training_rows(config: Config, recipe: Recipe, world: World) -> list[Row]:
     """The manifest's rows to train on."""
     data = config.data
     with world.together():
         rows = select(read_manifest(data.manifest), data.train_split, data.where, data.limit_volumes)
+        recipe.check_rows(rows)
     return rows
 
 
-def open_loader(config: Config, recipe: Recipe, schedule: BatchSchedule) -> Iterator[Loaded]:
-    """Collated batches from the schedule's position on."""
+def open_reader(config: Config, recipe: Recipe, world: World, rows: list[Row]) -> Reader:
+    """What reads the run's volumes, or their features, which are computed here if they are not there yet."""
     root = config.data.manifest.parent
     cache = VolumeCache(config.data.cache or root / ".cache")
-    return batch_loader(schedule, root, cache, config.volume, recipe.collate, config.data.workers, recipe.wants_labels)
+    reader = Reader(root, cache, config.volume, recipe.wants_volumes, recipe.wants_labels)
+    if config.data.validation_split is not None:
+        rows = rows + validation_rows(config)
+    return with_features(reader, recipe, world, rows, config.training.precision == "bf16")
 
 
 def data_fingerprint(rows: list[Row]) -> str:
     """Changes with any row: a sampler position means nothing in other rows."""
     total = hashlib.sha256()
     for row in rows:
-        total.update(row.model_dump_json().encode())
+        # Runs that began before rows had images and videos go on.
+        absent = {name for name in ("images", "video") if getattr(row, name) is None}
+        total.update(row.model_dump_json(exclude=absent).encode())
     return total.hexdigest()[:16]
 
 

@@ -5,9 +5,8 @@ from typing import Any
 import torch
 
 from mllm3d.config import Config
-from mllm3d.data.cache import VolumeCache
-from mllm3d.data.dataset import load_group
-from mllm3d.data.manifest import read_manifest, select
+from mllm3d.data.dataset import Reader
+from mllm3d.data.manifest import Row, read_manifest, select
 from mllm3d.data.samplers import batches_for_rank, make_groups
 from mllm3d.training.distributed import World
 from mllm3d.training.recipe import Recipe, to_device
@@ -19,24 +18,22 @@ class Validation:
     The batches are the same every time. As in training, groups may come twice so that all ranks have as many.
     """
 
-    def __init__(self, config: Config, recipe: Recipe, world: World, total_steps: int) -> None:
-        data, self.config = config.data, config
-        self.recipe, self.world, self.total_steps = recipe, world, total_steps
-        assert data.validation_split is not None
+    def __init__(self, config: Config, recipe: Recipe, world: World, reader: Reader, total_steps: int) -> None:
+        data = config.data
+        self.recipe, self.world, self.reader, self.total_steps = recipe, world, reader, total_steps
         with world.together():
-            everything = read_manifest(data.manifest)
-            self.rows = select(everything, data.validation_split, data.where, data.validation_volumes)
+            self.rows = validation_rows(config)
+            recipe.check_rows(self.rows)
         groups = make_groups(self.rows, data.questions_per_volume, config.run.seed, epoch=0)
         size = config.training.volumes_per_batch
         self.batches = batches_for_rank(groups, size, world.rank, world.size, config.run.seed, epoch=0)
-        self.cache = VolumeCache(data.cache or data.manifest.parent / ".cache")
 
     def __call__(self, engine: Any, step: int) -> float:
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
         for groups in self.batches:
             with self.world.together():
-                items = [self._load(group) for group in groups]
+                items = [self.reader.load(group, self.rows) for group in groups]
                 batch = self.recipe.collate(items)
             counted = self.recipe.counts(batch)
             weights = dict.fromkeys(counted, 1.0)  # nothing is differentiated
@@ -53,6 +50,9 @@ class Validation:
             print(f"\nstep {step}: validation loss {loss:.4f}", flush=True)
         return -loss
 
-    def _load(self, group: Any) -> Any:
-        root, volume = self.config.data.manifest.parent, self.config.volume
-        return load_group(group, self.rows, root, self.cache, volume, self.recipe.wants_labels)
+
+def validation_rows(config: Config) -> list[Row]:
+    """The manifest's rows of `data.validation_split`."""
+    data = config.data
+    assert data.validation_split is not None
+    return select(read_manifest(data.manifest), data.validation_split, data.where, data.validation_volumes)

@@ -1,22 +1,23 @@
 """Photon behind the framework's inference interface."""
 
 import hashlib
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from mllm3d.errors import UserError
 from mllm3d.inference.adapter import Mode, RawAnswer
+from mllm3d.inference.generation import Clock, answer_length
 from photon.building import read_processor
 from photon.decoding import EncodedPrefix
+from photon.geometry import PatchGeometry
 from photon.modeling_photon import PhotonForConditionalGeneration
 from photon.processing_photon import PhotonProcessor
 from photon.recipes.base import chat, read_checkpoint
@@ -25,27 +26,15 @@ NOISE = 0.1
 """Thresholds of the mode `noisy` are off by up to 10 % (Photon A.2.7)."""
 
 
-class _Clock(StoppingCriteria):
-    """Notes when each token was there; never stops."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        if input_ids.is_cuda:
-            torch.cuda.synchronize(input_ids.device)
-        self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
 @dataclass
 class PhotonAdapter:
     """Photon behind `mllm3d.inference.adapter.Adapter`."""
 
+    takes_pixels: ClassVar[bool] = True
     model: PhotonForConditionalGeneration
     processor: PhotonProcessor
     _encoded: tuple[bytes, EncodedPrefix] | None = None
-    """The last volumes and what questions about them share: asked again, they are not encoded again."""
+    """What was last shown and what questions about it share: asked again, it is not encoded again."""
 
     @classmethod
     def load(cls, directory: Path, device: torch.device, dtype: torch.dtype) -> Self:
@@ -64,12 +53,17 @@ class PhotonAdapter:
         mode: Mode,
         max_new_tokens: int,
         seed: int,
+        images: Sequence[np.ndarray] = (),
+        videos: Sequence[np.ndarray] = (),
     ) -> list[RawAnswer]:
-        """Greedy answers; the volumes are encoded once for all questions, and for those of the next call."""
-        clock, start = _Clock(), time.perf_counter()
-        inputs = dict(self.processor(list(volumes), [chat(q) for q in questions]))
+        """Greedy answers; what is shown is encoded once for all questions, and for those of the next call."""
+        clock = Clock()
+        inputs = dict(self.processor(list(volumes), [chat(q) for q in questions], images=images, videos=videos))
+        total = sum(self.processor.geometry.tokens(v.shape) for v in volumes)
+        total += sum(len(self.pixel_boxes((1, *image.shape[:2]))) for image in images)
+        total += sum(len(self.pixel_boxes(video.shape[:3])) for video in videos)
         inputs["seeds"] = torch.tensor([question_seed(seed, q) for q in questions])
-        key = _digest(volumes, mode == "none")
+        key = _digest({"volumes": volumes, "images": images, "videos": videos}, mode == "none")
         if self._encoded is not None and self._encoded[0] == key:
             del inputs["pixel_values_videos"]
         inputs = {k: v.to(self.model.device) for k, v in inputs.items()}
@@ -86,15 +80,14 @@ class PhotonAdapter:
         self._encoded = None if prefix is None else (key, prefix)
         generated = result.sequences
         new = generated[:, inputs["input_ids"].shape[1] :].tolist()
-        ends = [_length(row, self.processor.tokenizer.eos_token_id) for row in new]
-        total = sum(self.processor.geometry.tokens(v.shape) for v in volumes)
+        ends = [answer_length(row, [self.processor.tokenizer.eos_token_id]) for row in new]
         entered: list[Any] = list(decided) or [None] * len(questions)
         kept = [_on_grid(k, inputs.get("token_index"), total) for k in entered]
         texts = self.processor.tokenizer.batch_decode(
             [r[:n] for r, n in zip(new, ends, strict=True)], skip_special_tokens=True
         )
         return [
-            RawAnswer(text.strip(), total, int(k.sum()), n, clock.times[0] - start, clock.times[n - 1] - start, k)
+            RawAnswer(text.strip(), total, int(k.sum()), n, clock.until(0), clock.until(n - 1), k)
             for text, n, k in zip(texts, ends, kept, strict=True)
         ]
 
@@ -111,10 +104,20 @@ class PhotonAdapter:
 
     def token_boxes(self, shape: tuple[int, int, int]) -> np.ndarray:
         """Voxel boxes of a volume's tokens, in their order; boxes may reach past the volume's end."""
-        unit = np.array(self.processor.geometry.token_shape)
-        t, h, w = (-(-n // u) for n, u in zip(shape, unit, strict=True))
-        corner = np.stack(np.meshgrid(np.arange(t), np.arange(h), np.arange(w), indexing="ij"), -1).reshape(-1, 3)
-        return np.stack([corner * unit, (corner + 1) * unit], axis=-1)
+        return _boxes(shape, self.processor.geometry)
+
+    def pixel_boxes(self, shape: tuple[int, int, int]) -> np.ndarray:
+        """Boxes of a video's or an image's tokens on the resized frames."""
+        reader = self.processor.reader
+        return _boxes((shape[0], *reader.size(shape[1], shape[2])), reader.frames)
+
+
+def _boxes(shape: tuple[int, int, int], geometry: PatchGeometry) -> np.ndarray:
+    """Half-open boxes (tokens, 3, 2) that cover a shape, W fastest."""
+    unit = np.array(geometry.token_shape)
+    t, h, w = (-(-n // u) for n, u in zip(shape, unit, strict=True))
+    corner = np.stack(np.meshgrid(np.arange(t), np.arange(h), np.arange(w), indexing="ij"), -1).reshape(-1, 3)
+    return np.stack([corner * unit, (corner + 1) * unit], axis=-1)
 
 
 @contextmanager
@@ -140,18 +143,14 @@ def _on_grid(kept: np.ndarray | None, token_index: Tensor | None, total: int) ->
     return mask
 
 
-def _digest(volumes: Sequence[np.ndarray], whole: bool) -> bytes:
-    """Tells volumes apart, and whether all of the decoder's layers are shared."""
+def _digest(shown: Mapping[str, Sequence[np.ndarray]], whole: bool) -> bytes:
+    """Tells apart what is shown (kind -> arrays), and whether all of the decoder's layers are shared."""
     digest = hashlib.blake2b(bytes([whole]))
-    for volume in volumes:
-        digest.update(repr((volume.shape, volume.dtype)).encode())
-        digest.update(np.ascontiguousarray(volume).data)
+    for kind, arrays in shown.items():
+        for array in arrays:
+            digest.update(repr((kind, array.shape, array.dtype)).encode())
+            digest.update(np.ascontiguousarray(array).data)
     return digest.digest()
-
-
-def _length(tokens: list[int], end: int) -> int:
-    """Tokens up to and including the first end token."""
-    return tokens.index(end) + 1 if end in tokens else len(tokens)
 
 
 def question_seed(seed: int, question: str) -> int:

@@ -14,14 +14,15 @@ from mllm3d.data.dataset import GroupItem
 from mllm3d.data.manifest import read_manifest, select
 from mllm3d.data.prompts import question_text, target_text
 from mllm3d.errors import UserError
+from mllm3d.inference.checkpoint import source_folder
 from mllm3d.training.recipe import Batch, StepOutput, Term
 from photon.building import empty
 from photon.configuration_photon import PhotonConfig
-from photon.flops import vision_flops
+from photon.flops import volume_flops
 from photon.geometry import Size3
 from photon.heads import AuxiliaryHeads, class_shares, dense_loss, findings_loss
 from photon.modeling_photon import PhotonForConditionalGeneration
-from photon.recipes.base import PatchSize, PhotonRecipe, checkpoint_folder, on_meta, token_metrics
+from photon.recipes.base import PatchSize, PhotonRecipe, on_meta, token_metrics
 from photon.tokenization import SPECIAL_TOKENS, special_token_fields, token_fields, train_tokenizer
 
 Ids = Annotated[tuple[int, ...], Strict(False)]
@@ -91,6 +92,7 @@ class Backbone(PhotonRecipe):
 
     Settings: ClassVar[type[Settings]] = BackboneSettings
     wants_labels: ClassVar[bool] = True
+    takes_pixels: ClassVar[bool] = False
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -171,7 +173,7 @@ class Backbone(PhotonRecipe):
         heads = AuxiliaryHeads(s.text.hidden_size, len(s.classes), len(s.findings))
         if s.checkpoint is not None:
             photon, tokenizer = self._load(s.checkpoint)
-            heads.load_state_dict(load_heads(Path(checkpoint_folder(s.checkpoint))))
+            heads.load_state_dict(load_heads(Path(source_folder(s.checkpoint))))
         elif s.stage == "questions":
             raise UserError("model.checkpoint: stage questions starts from a run of stage vision; name its folder")
         else:
@@ -232,8 +234,7 @@ class Backbone(PhotonRecipe):
         """In the vision stage the decoder does not run."""
         if self.settings.stage == "questions":
             return super().step_flops(config, shape)
-        grid = config.patches.grid(shape)
-        return 3 * vision_flops(config, grid[0] * grid[1] * grid[2], grid[1] * grid[2])
+        return 3 * volume_flops(config, shape)
 
     def save(self, module: nn.Module, state_dict: dict[str, Tensor] | None, directory: Path) -> None:
         assert isinstance(module, BackboneModel)

@@ -1,35 +1,40 @@
 """What all of Photon's recipes share."""
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Strict
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from mllm3d.data.dataset import GroupItem
 from mllm3d.data.prompts import question_text, target_text
 from mllm3d.errors import UserError
-from mllm3d.inference.checkpoint import open_checkpoint
+from mllm3d.inference.checkpoint import source_folder
+from mllm3d.training.huggingface import save_pretrained, without_bars
+from mllm3d.training.optim import parameter_groups
 from mllm3d.training.recipe import Batch, Description, Metrics, ParameterGroup, Recipe
-from photon.building import PatchInit, planned_config, read_config, read_model, read_tokenizer, with_patches
+from photon.building import (
+    PatchInit,
+    planned_config,
+    read_config,
+    read_model,
+    read_processor,
+    read_tokenizer,
+    with_patches,
+)
 from photon.configuration_photon import PhotonConfig
 from photon.flops import forward_flops
 from photon.geometry import Size3
 from photon.modeling_photon import PhotonForConditionalGeneration
 from photon.packing import pack, volume_grids
-from photon.patch_embedding import Scale
+from photon.patch_embedding import PixelScale, Scale
 from photon.processing_photon import PhotonProcessor, VolumeChats
 
 PLANNED_TEXT, PLANNED_ANSWER = 48, 8
 """Tokens of a question with its answer, and of the answer, that FLOPs are planned with."""
-
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 PatchSize = Annotated[tuple[int, int, int], Strict(False)]
 """(depth, height, width); YAML gives a list."""
@@ -41,28 +46,6 @@ def chat(question: str, answer: str | None = None) -> list[dict[str, str]]:
     return turn if answer is None else [*turn, {"role": "assistant", "content": answer}]
 
 
-def checkpoint_folder(source: str) -> str:
-    """The model folder of a run or of one of its steps, or ``source`` itself: a model folder or a hub name."""
-    path = Path(source)
-    on_hub = HUB_NAME.fullmatch(source) and not path.parent.is_dir()
-    if not path.exists() and not on_hub:
-        raise UserError(f"model.checkpoint: {source}: no such folder; name a model folder, a run or a hub name")
-    within = path.is_dir() and not (path / "config.json").is_file()
-    return str(open_checkpoint(path).model) if within else source
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Files on this machine are read and written without the library's progress bars, which break up the run's own."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def read_checkpoint(folder: str | Path, dtype: torch.dtype = torch.float32) -> PhotonForConditionalGeneration:
     """``read_model`` with every fault of the files as a ``ValueError``; only a download shows its progress."""
     try:
@@ -70,6 +53,11 @@ def read_checkpoint(folder: str | Path, dtype: torch.dtype = torch.float32) -> P
             return read_model(folder, dtype)
     except SafetensorError as error:
         raise ValueError(f"the weights are damaged ({error}); copy them again") from error
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a matrix of this name stands between other layers: what Muon may take."""
+    return any(part in name for part in (".blocks.", ".layers.", ".merger."))
 
 
 def from_step(start: float, total_steps: int) -> float:
@@ -80,16 +68,22 @@ def from_step(start: float, total_steps: int) -> float:
 class PhotonRecipe(Recipe):
     """What all of Photon's recipes share: batches, parameter groups, saving, figures."""
 
+    takes_pixels: ClassVar[bool] = True
     processor: PhotonProcessor
     layout_config: PhotonConfig
     """Configuration by which batches are laid out; set with the processor when the model is built."""
+    source_pixels: PixelScale | None = None
+    """Of a checkpoint of grey patches: how it reads pixels, for a run that has no volumes to say it."""
 
     def adopt(self, model: PhotonForConditionalGeneration, tokenizer: Any) -> None:
         """Make batches for this model from now on."""
-        volume = self.config.volume
-        pixels = [Scale(volume.mean, volume.std)] if model.config.patches.channels == 1 else None
-        background = getattr(self.config.model, "skip_background", None)
-        self.processor = PhotonProcessor.from_config(model.config, tokenizer, pixels, background)
+        volume, pixels = self.config.volume, None
+        if model.config.patches.channels == 1:
+            pixels = [Scale(volume.mean, volume.std)] if self.config.prepares_volumes else self.source_pixels
+        self.processor = PhotonProcessor.from_config(model.config, tokenizer, pixels)
+        for name in ("skip_background", "min_pixels", "max_pixels"):
+            if hasattr(self.config.model, name):
+                setattr(self.processor, name, getattr(self.config.model, name))
         self.layout_config = model.config
 
     def initial_config(self) -> PhotonConfig:
@@ -101,25 +95,17 @@ class PhotonRecipe(Recipe):
         return self.config.training.optimizer.lr
 
     def parameter_groups(self, model: nn.Module) -> list[ParameterGroup]:
-        """Groups by rate, decay (matrices only) and whether Muon may take them (hidden matrices)."""
-        groups: dict[tuple[float, float, bool], ParameterGroup] = {}
-        muon = self.config.training.optimizer.name == "muon"
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            decay = self.config.training.optimizer.weight_decay if parameter.ndim >= 2 else 0.0
-            hidden = muon and parameter.ndim == 2 and any(part in name for part in (".blocks.", ".layers.", ".merger."))
-            key = (self.learning_rate(name), decay, hidden)
-            if key not in groups:
-                label = f"lr{key[0]:g}-wd{decay:g}" + ("-muon" if hidden else "")
-                groups[key] = ParameterGroup(name=label, params=[], lr=key[0], weight_decay=decay, use_muon=hidden)
-            groups[key]["params"].append(parameter)
-        return list(groups.values())
+        return parameter_groups(model, self.config.training.optimizer, self.learning_rate, is_hidden)
 
     def collate(self, items: list[GroupItem]) -> Batch:
-        """Volume groups as tensors; the layout is made here, on the host."""
+        """Groups as tensors; the layout is made here, on the host."""
         groups = [
-            VolumeChats([v.array for v in item.volumes], [chat(question_text(r), target_text(r)) for r in item.rows])
+            VolumeChats(
+                [v.array for v in item.volumes],
+                [chat(question_text(r), target_text(r)) for r in item.rows],
+                item.images,
+                item.videos,
+            )
             for item in items
         ]
         batch: dict[str, Any] = self.processor.batch(groups)
@@ -156,23 +142,20 @@ class PhotonRecipe(Recipe):
         }
 
     def save(self, module: nn.Module, state_dict: dict[str, Tensor] | None, directory: Path) -> None:
-        with without_bars():
-            module.save_pretrained(directory, state_dict=state_dict)  # type: ignore[operator]
-        try:
-            self.processor.save_pretrained(directory)
-        except OSError:
-            raise
-        except Exception as error:  # the tokenizers library has no other for a full disk
-            raise OSError(f"{directory / 'tokenizer.json'}: {error}") from error
+        save_pretrained(module, self.processor, state_dict, directory)
 
     def describe(self) -> Description:
-        """Tokens of a volume and FLOPs of a training step on it, where all volumes have one shape."""
+        """Tokens of a volume and FLOPs of a step on it, where all volumes have one shape; the most of an image."""
         config = self.initial_config()
+        described = Description()
+        if most := getattr(self.config.model, "max_pixels", None):
+            _, height, width = config.patches.token_shape
+            described["most_tokens_per_image"] = most // (height * width)
         shape = self.config.volume.shape or self.config.volume.crop
-        if shape is None:
-            return Description()
-        tokens = config.patches.tokens(shape)
-        return Description(tokens_per_volume=tokens, flops_per_volume=self.step_flops(config, shape))
+        if shape is not None:
+            described["tokens_per_volume"] = config.patches.tokens(shape)
+            described["flops_per_volume"] = self.step_flops(config, shape)
+        return described
 
     def step_flops(self, config: PhotonConfig, shape: Size3) -> float:
         """FLOPs of a forward and a backward pass on one volume with its questions; a backward pass is two."""
@@ -186,8 +169,10 @@ class PhotonRecipe(Recipe):
     def _load(self, source: str) -> tuple[PhotonForConditionalGeneration, Any]:
         """Model and tokenizer of a checkpoint, with one line for whatever is wrong with it."""
         try:
-            folder = checkpoint_folder(source)
+            folder = source_folder(source)
             model = read_checkpoint(folder)
+            if model.config.patches.channels == 1 and not self.config.prepares_volumes:
+                self.source_pixels = read_processor(folder, model.config).reader.scale
             return model, read_tokenizer(folder, model.config)
         except (OSError, ValueError) as error:
             raise UserError(f"model.checkpoint: {source}: {' '.join(str(error).split())}") from error
@@ -208,7 +193,7 @@ class PhotonRecipe(Recipe):
         if planned is not None and not Path(source).is_dir():
             return planned
         try:
-            return read_config(checkpoint_folder(source))
+            return read_config(source_folder(source))
         except (OSError, ValueError) as error:
             raise UserError(f"model.checkpoint: {source}: {' '.join(str(error).split())}") from error
 

@@ -122,27 +122,25 @@ class Objective:
         return perturb(patches, counts, self.kind.perturbation, torch.default_generator, channels=channels)
 
     def terms(self, output: PhotonOutput, layout: Layout) -> dict[str, Term]:
-        """Losses of the batch. A row without a volume has nothing to spoil or to flip: its cross-entropy counts."""
+        """Losses of the batch.
+
+        A row without a volume has nothing to spoil, and one without a volume or a question nothing to flip or to keep
+        in a band: its cross-entropy counts.
+        """
         s, named = self.settings, loss_terms(self.kind, self.settings.objective)
-        seen = (layout.visual_at >= 0).any(1)[layout.label_rows]
+        seen, chosen = (rows[layout.label_rows] for rows in (layout.sees, layout.chooses))
         losses = output.token_losses
         assert losses is not None and output.logits is not None
-        counted = losses if "ce" in named else torch.where(seen, 0, losses)
+        counted = losses if "ce" in named else torch.where(chosen if self.kind.flip else seen, 0, losses)
         terms = {"ce": Term(counted.sum(), "label_tokens")}
         if "robust" in named:
             spread = -entropy(output.logits)
             terms["robust"] = Term(s.robustness.weight * torch.where(seen, spread, 0).sum(), "label_tokens")
         if "flip" in named:
             flipped = losses if output.flipped_losses is None else output.flipped_losses
-            terms["flip"] = Term(s.flip.weight * torch.where(seen, flip_loss(flipped), 0).sum(), "label_tokens")
+            terms["flip"] = Term(s.flip.weight * torch.where(chosen, flip_loss(flipped), 0).sum(), "label_tokens")
         if "band" in named and self.banded and output.mean_probability is not None:
             outside = band_loss(output.mean_probability, s.band.low, s.band.high).mean(1)
-            terms["band"] = Term(s.band.weight * torch.where(sees(layout), outside, 0).sum(), "questions")
+            chooses = layout.in_input_order(layout.chooses)
+            terms["band"] = Term(s.band.weight * torch.where(chooses, outside, 0).sum(), "questions")
         return terms
-
-
-def sees(layout: Layout) -> Tensor:
-    """`(R)` bool, which rows have a volume, in the order of the input."""
-    found = torch.empty(layout.rows, dtype=torch.bool, device=layout.visual_at.device)
-    found[layout.row_order] = (layout.visual_at >= 0).any(1)
-    return found

@@ -1,10 +1,10 @@
 """`photon.phase1` and `photon.phase2`: the paper's two training phases (A.1.1)."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from mllm3d.config import Settings
@@ -17,7 +17,7 @@ from photon.losses import band_loss
 from photon.modeling_photon import Reduction
 from photon.packing import Layout
 from photon.recipes.base import PatchSize, PhotonRecipe, from_step, on_meta, token_metrics
-from photon.recipes.objective import Objective, ObjectiveSettings, TokenScheduling, sees
+from photon.recipes.objective import Objective, ObjectiveSettings, TokenScheduling
 from photon.scheduling import SchedulingSettings
 from photon.stream import LossWeights
 
@@ -26,7 +26,20 @@ SKIP_BACKGROUND: Any = Field(
 )
 
 
-class Phase1Settings(Settings):
+class PixelSettings(Settings):
+    """Sizes of images and of videos' frames, in pixels; saved with the processor."""
+
+    min_pixels: int = Field(default=56 * 56, gt=0, description="Smaller images and frames are enlarged to it.")
+    max_pixels: int = Field(default=28 * 28 * 1280, gt=0, description="Larger ones are reduced to it, frame by frame.")
+
+    @model_validator(mode="after")
+    def _leaves_a_size(self) -> Self:
+        if self.max_pixels < self.min_pixels:
+            raise ValueError("max_pixels lies below min_pixels")
+        return self
+
+
+class Phase1Settings(PixelSettings):
     """Phase 1 (Photon A.1.1): only the 3D patch embedding learns."""
 
     checkpoint: str = Field(description="Backbone: a folder, a run, or a hub name of Qwen2.5-VL.")
@@ -87,7 +100,7 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
     return inputs
 
 
-class Phase2Settings(ObjectiveSettings):
+class Phase2Settings(ObjectiveSettings, PixelSettings):
     """Phase 2 (Photon A.1.1): all parameters learn, and tokens are dropped."""
 
     checkpoint: str = Field(description="Phase 1's run, a Photon checkpoint, or (Photon Max) a backbone.")
@@ -102,6 +115,14 @@ class Phase2Settings(ObjectiveSettings):
     scheduling: TokenScheduling | None = Field(
         default=TokenScheduling(), description="Token scheduling. None: every token is kept, without a predictor."
     )
+
+    @model_validator(mode="after")
+    def _flips_at_one_layer(self) -> Self:
+        if self.objective == "add" and self.scheduling is not None and len(self.scheduling.layers) > 1:
+            raise ValueError(
+                "objective: add flips at one scheduling layer; choose replace, or one of scheduling.layers"
+            )
+        return self
 
 
 class Phase2(PhotonRecipe):
@@ -191,6 +212,8 @@ class Phase2(PhotonRecipe):
             reduction=reduction,
             flip=objective.flip,
             learn_scheduling=objective.learns_scheduling,
+            # Validation leaves the random state alone.
+            seeds=None if torch.is_grad_enabled() else torch.arange(layout.rows),
             weights=LossWeights(token=weights["label_tokens"], row=weights["questions"]),
         )
         return StepOutput(objective.terms(output, layout), self._metrics(output, layout, objective, reduction))
@@ -204,12 +227,12 @@ class Phase2(PhotonRecipe):
         metrics |= token_metrics(output.token_losses, output.logits, layout.targets)
         if output.mean_probability is None:
             return metrics | {"keep_rate": (1.0, 1.0)}
-        seen = sees(layout)
+        seen, chooses = (layout.in_input_order(rows) for rows in (layout.sees, layout.chooses))
         rows = seen.sum()
         if objective.banded:
             band = self.settings.band
             outside = band_loss(output.mean_probability.detach(), band.low, band.high)
-            metrics["band_triggered"] = (((outside > 0).any(1) & seen).sum(), rows)
+            metrics["band_triggered"] = (((outside > 0).any(1) & chooses).sum(), chooses.sum())
         hard = reduction == "hard"
         kept = output.kept if hard else layout.visual_at >= 0
         metrics["keep_rate"] = (torch.where(seen, output.keep_rate, 0).sum() if hard else rows, rows)

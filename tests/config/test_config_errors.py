@@ -121,7 +121,7 @@ def test_a_file_that_is_no_text(write):
 
 def test_an_empty_file_misses_everything(write):
     write("bad.yaml", "# nothing\n")
-    assert [line.split(": ")[1] for line in lines("bad.yaml")] == ["recipe", "volume", "data", "training"]
+    assert [line.split(": ")[1] for line in lines("bad.yaml")] == ["recipe", "data", "training"]
 
 
 def test_a_missing_config_names_the_nearest(write):

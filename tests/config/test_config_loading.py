@@ -85,6 +85,21 @@ def test_null_clears_what_a_parent_filters(write):
     assert load("run.yaml", ["training.epochs=1", "training.optimizer.lr=1e-3"]).data.where == {}
 
 
+def test_a_run_on_images_has_no_volume_section(write):
+    """Not given, or cleared where a parent gives it; also after the way through the run's own YAML."""
+    write("base.yaml")
+    cleared = load_with_origins(write("run.yaml", "extends: base.yaml\nvolume: null\n"))
+    assert not cleared.config.prepares_volumes and cleared.config.volume == VolumeConfig()
+    assert cleared.origins["volume.preset"] == "default"
+    again = write("runs/x/config.yaml", config_to_yaml(cleared.config))
+    assert load(again) == cleared.config and not load(again).prepares_volumes
+    assert "\nvolume:" not in again.read_text()
+    assert load("base.yaml").prepares_volumes and load("run.yaml", ["volume.std=0.5"]).prepares_volumes
+    absent = write("absent.yaml", "recipe: test.recipe\ndata: {manifest: m}\n")
+    assert not load(absent, ["training.epochs=1", "training.optimizer.lr=1e-3"]).prepares_volumes
+    assert not pickle.loads(pickle.dumps(cleared.config)).prepares_volumes
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [("1e-4", 1e-4), ("1.5e+3", 1500.0), (".5", 0.5), ("3.", 3.0), ("2", 2.0), ("1_000", 1000.0)],

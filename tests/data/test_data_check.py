@@ -11,6 +11,7 @@ from mllm3d.data.check import check_manifest, value_problem
 from mllm3d.data.manifest import write_manifest
 from mllm3d.data.volumes import Volume, read_volume
 from mllm3d.errors import UserError
+from tests.data.pictures import picture, save
 from tests.data.scans import row, save_nifti, scan
 
 
@@ -114,12 +115,47 @@ def test_wrong_rows_stand_beside_wrong_volumes(root: Path) -> None:
     found = check_manifest(path)
     assert [(problem.line, problem.field) for problem in found] == [
         (1, "volume"),
-        *((2, field) for field in ("answer", "case", "id", "question", "split", "task", "volume")),
+        *((2, field) for field in ("answer", "case", "id", "question", "split", "task")),
         (3, ""),
         (4, "id"),
     ]
     assert "no such file" in found[0].message and "(in 2 rows)" in found[0].message
     assert found[0].text(path).startswith(f"{path}:1: volume: ")
+
+
+def test_images_and_videos_are_read_and_their_pixels_stay_in_one_split(root: Path) -> None:
+    for name, seed in (("1.png", 1), ("copy.bmp", 1), ("2.png", 2), ("f/1.png", 3), ("f/2.png", 4)):
+        save(root / "i" / name, picture(4, 6, 3, seed=seed))
+    (root / "i" / "g").mkdir()
+    for name in ("1", "2"):
+        (root / "i" / "g" / f"{name}.png").write_bytes((root / "i" / "f" / f"{name}.png").read_bytes())
+    (root / "i" / "bad.png").write_bytes(b"damaged")
+    none: dict[str, Any] = {"volume": None}
+    good: list[dict[str, Any]] = [
+        {**none, "images": ["i/1.png", "i/2.png"], "case": "a"},
+        {**none, "images": ["i/1.png"], "case": "a"},
+        {**none, "video": "i/f", "case": "b"},
+        {"volume": "v/0.nii.gz", "images": ["i/2.png"], "case": "c"},
+    ]
+    assert problems(root, *good) == []
+    found = problems(
+        root,
+        *good,
+        {**none, "images": ["i/2.png", "i/copy.bmp"], "case": "d", "split": "test"},
+        {**none, "video": "i/g", "case": "e", "split": "test"},
+        {**none, "images": ["i/bad.png", "i/gone.png"], "case": "f"},
+        {**none, "images": ["i/bad.png"], "video": "i/1.png", "case": "g"},
+    )
+    assert [(line, field) for line, field, _ in found] == [
+        (5, "images"), (5, "images"), (6, "video"), (7, "images"), (7, "images"), (8, "video")
+    ]  # fmt: skip
+    told = [message for _, _, message in found]
+    assert told[0] == "the image i/2.png is also in split 'train' (line 1); keep it in one split"
+    assert told[1] == "the image i/copy.bmp is also in split 'train' (line 1); keep it in one split"
+    assert told[2] == "the video is also in split 'train' (line 3); keep it in one split"
+    assert "bad.png: damaged, or no PNG file" in told[3] and told[3].endswith("(in 2 rows)")
+    assert "gone.png: no such file" in told[4] and "1.png: a file; a video is a folder" in told[5]
+    assert problems(root, *good, workers=2) == []
 
 
 def test_an_empty_and_a_missing_manifest(tmp_path: Path) -> None:

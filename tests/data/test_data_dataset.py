@@ -10,12 +10,14 @@ import torch
 
 from mllm3d.config import VolumeConfig
 from mllm3d.data.cache import VolumeCache
-from mllm3d.data.dataset import GroupItem, Loaded, batch_loader, load_group
-from mllm3d.data.manifest import Row
+from mllm3d.data.dataset import GroupItem, Loaded, Reader, batch_loader
+from mllm3d.data.images import read_image
+from mllm3d.data.manifest import Row, Study
 from mllm3d.data.preprocess import prepare, prepare_labels
 from mllm3d.data.samplers import BatchSchedule, Group
 from mllm3d.data.volumes import UNKNOWN_LABEL, read_labels, read_volume
 from mllm3d.errors import UserError
+from tests.data.pictures import picture, save
 from tests.data.scans import row, save_nifti, scan
 
 CONFIG = VolumeConfig(shape=(4, 4, 4))
@@ -37,20 +39,20 @@ def rows() -> list[Row]:
 
 
 def load(root: Path, found: list[Row], group: Group, want_labels: bool = False) -> GroupItem:
-    return load_group(group, found, root, VolumeCache(root / ".cache"), CONFIG, want_labels)
+    return Reader(root, VolumeCache(root / ".cache"), CONFIG, want_labels=want_labels).load(group, found)
 
 
 def test_a_group_has_its_prior_first(root: Path) -> None:
     found = [row("1", volume="b.nii"), row("2", volume="b.nii", prior="a.nii")]
-    item = load(root, found, Group("b.nii", "a.nii", (1,)))
+    item = load(root, found, Group(Study("b.nii"), "a.nii", (1,)))
     for prepared, name in zip(item.volumes, ("a", "b"), strict=True):
         np.testing.assert_array_equal(prepared.array, prepare(read_volume(root / f"{name}.nii"), CONFIG).array)
     assert item.rows == [found[1]] and item.labels is None
-    assert len(load(root, found, Group("b.nii", None, (0,))).volumes) == 1
+    assert len(load(root, found, Group(Study("b.nii"), None, (0,))).volumes) == 1
 
 
 def test_mr_is_windowed_by_its_percentiles_in_training_as_in_prediction(root: Path) -> None:
-    item = load(root, [row("1", volume="b.nii", modality="MR")], Group("b.nii", None, (0,)))
+    item = load(root, [row("1", volume="b.nii", modality="MR")], Group(Study("b.nii"), None, (0,)))
     by_percentiles = CONFIG.model_copy(update={"window_percentile": (0.5, 99.5)})
     expected = prepare(read_volume(root / "b.nii"), by_percentiles).array
     np.testing.assert_array_equal(item.volumes[0].array, expected)
@@ -60,7 +62,7 @@ def test_mr_is_windowed_by_its_percentiles_in_training_as_in_prediction(root: Pa
 def test_labels_of_a_prior_are_its_own_or_unknown(root: Path) -> None:
     follow_up = row("1", volume="b.nii", prior="a.nii", labels="b-labels.nii")
     about_prior = row("2", volume="a.nii", labels="a-labels.nii")
-    group = Group("b.nii", "a.nii", (0,))
+    group = Group(Study("b.nii"), "a.nii", (0,))
     maps = {name: prepare_labels(read_labels(root / f"{name}-labels.nii"), CONFIG) for name in "ab"}
     labels = load(root, [follow_up, about_prior], group, want_labels=True).labels
     assert labels is not None
@@ -71,12 +73,35 @@ def test_labels_of_a_prior_are_its_own_or_unknown(root: Path) -> None:
 
 
 def test_labels_that_are_missing_or_two(root: Path) -> None:
-    group = Group("a.nii", None, (0, 1))
+    group = Group(Study("a.nii"), None, (0, 1))
     with pytest.raises(UserError, match=r"a\.nii: no label map in its rows \(first: 1\)"):
         load(root, [row("1", volume="a.nii"), row("2", volume="a.nii")], group, want_labels=True)
     two = [row(name, volume="a.nii", labels=f"{name}-labels.nii") for name in "ab"]
     with pytest.raises(UserError, match="2 label maps"):
         load(root, two, group, want_labels=True)
+
+
+def test_a_group_has_its_images_in_order_and_its_video(root: Path) -> None:
+    pixels = {name: save(root / name, picture(4, 6, seed=n)) for n, name in enumerate(["2.png", "1.png", "v/1.png"])}
+    found = [
+        row("1", volume=None, images=["2.png", "1.png"]),
+        row("2", volume=None, video="v"),
+        row("3", volume="a.nii", images=["1.png"]),
+    ]
+    images, video, both = (load(root, found, Group(item.study, None, (n,))) for n, item in enumerate(found))
+    assert not images.volumes and not images.videos and images.labels is None
+    for array, name in zip(images.images, ("2.png", "1.png"), strict=True):
+        np.testing.assert_array_equal(array, read_image(pixels[name]))
+    assert [array.shape for array in video.videos] == [(1, 4, 6)] and not video.images
+    assert len(both.volumes) == len(both.images) == 1
+
+
+def test_an_image_that_cannot_be_read_is_one_line(root: Path) -> None:
+    (root / "1.png").write_bytes(b"damaged")
+    mixed = [*rows(), row("x", volume=None, images=["1.png"])]
+    with pytest.raises(UserError, match=r"1\.png: damaged, or no PNG file") as caught:
+        list(islice(loader(root, BatchSchedule(mixed, k=2, volumes_per_batch=9), 0), 2))
+    assert "\n" not in str(caught.value)
 
 
 def collate(items: list[GroupItem]) -> dict[str, Any]:
@@ -88,7 +113,7 @@ def collate(items: list[GroupItem]) -> dict[str, Any]:
 
 
 def loader(root: Path, schedule: BatchSchedule, workers: int) -> Any:
-    return batch_loader(schedule, root, VolumeCache(root / ".cache"), CONFIG, collate, workers)
+    return batch_loader(schedule, Reader(root, VolumeCache(root / ".cache"), CONFIG), collate, workers)
 
 
 def schedule() -> BatchSchedule:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from mllm3d.data.manifest import Row, parse_manifest, read_manifest, select, volume_path, write_manifest
+from mllm3d.data.manifest import Row, Study, parse_manifest, read_manifest, select, volume_path, write_manifest
 from mllm3d.errors import UserError
 from tests.data.scans import row
 
 GOOD = row().model_dump(mode="json", exclude_defaults=True)
+BARE = {key: value for key, value in GOOD.items() if key != "volume"}
 
 
 def manifest(tmp_path: Path, *lines: str | dict[str, object]) -> Path:
@@ -29,11 +30,14 @@ def test_rows_survive_writing_and_reading(tmp_path: Path) -> None:
             labels="l.nii.gz",
             report="r",
         ),
+        row("c", volume=None, images=["a/1.png", "2.jpg"]),
+        row("d", volume=None, video="films/1"),
+        row("e", images=["1.png"], video="films/1"),
     ]
     write_manifest(tmp_path / "new" / "m.jsonl", rows)
     assert read_manifest(tmp_path / "new" / "m.jsonl") == rows
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["m.jsonl"]
-    assert len((tmp_path / "new" / "m.jsonl").read_bytes().splitlines()) == 2
+    assert len((tmp_path / "new" / "m.jsonl").read_bytes().splitlines()) == 5
 
 
 @pytest.mark.parametrize(
@@ -56,6 +60,13 @@ def test_rows_survive_writing_and_reading(tmp_path: Path) -> None:
         ({**GOOD, "labels": "..\\x.nii.gz"}, "leaves the manifest's folder"),
         ({**GOOD, "volume": ""}, "no path"),
         ({**GOOD, "meta": {"list": [1]}}, "meta"),
+        ({**BARE}, "volume, images or video: at least one of them is needed"),
+        ({**BARE, "images": []}, "images: List should have at least 1 item"),
+        ({**BARE, "images": "a.png"}, "images: Input should be a valid array"),
+        ({**BARE, "images": ["a.png", "../b.png"]}, "images.1: '../b.png' leaves the manifest's folder"),
+        ({**BARE, "video": "/films/1"}, "video: '/films/1' leaves the manifest's folder"),
+        ({**BARE, "video": "v", "prior": "p.nii"}, "prior: belongs to a volume, and this row has none"),
+        ({**BARE, "images": ["a.png"], "labels": "l.nii"}, "labels: belongs to a volume"),
     ],
 )
 def test_a_wrong_row_is_one_line_with_its_number(tmp_path: Path, line: str | dict[str, object], words: str) -> None:
@@ -138,6 +149,21 @@ def test_select_says_why_nothing_is_left(split: str, where: dict[str, list[str]]
     with pytest.raises(UserError) as caught:
         select(ROWS, split, where)
     assert words in str(caught.value)
+
+
+def test_a_limit_counts_volumes_sets_of_images_and_videos() -> None:
+    shown: list[dict[str, object]] = [
+        {"images": ["1.png", "2.png"]},
+        {"images": ["2.png", "1.png"]},  # another order is another study
+        {"video": "film"},
+        {"volume": "a", "video": "film"},
+        {"volume": "a"},
+    ]
+    rows = [row(f"{n}{k}", **{"volume": None, **fields}) for k in "xy" for n, fields in enumerate(shown)]
+    assert [found.id for found in select(rows, "train", limit_volumes=3)] == ["0x", "1x", "2x", "0y", "1y", "2y"]
+    assert len({found.study for found in rows}) == 5
+    assert rows[3].study == Study("a", (), "film") and str(rows[0].study) == "1.png, 2.png"
+    assert [found.has_pixels for found in rows[:5]] == [True, True, True, True, False]
 
 
 def test_every_field_is_described() -> None:

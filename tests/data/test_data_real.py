@@ -9,7 +9,7 @@ import pytest
 from mllm3d.config import VolumeConfig
 from mllm3d.data.cache import VolumeCache
 from mllm3d.data.check import check_manifest
-from mllm3d.data.dataset import load_group
+from mllm3d.data.dataset import Reader
 from mllm3d.data.manifest import write_manifest
 from mllm3d.data.preprocess import prepare, same_grid
 from mllm3d.data.samplers import make_groups
@@ -115,6 +115,6 @@ def test_check_and_loading_through_a_manifest(real_data: Path, tmp_path: Path) -
     config = VolumeConfig(preset="phantom", window_percentile=(1, 99))
     cache = VolumeCache(tmp_path / ".cache")
     for group in make_groups(rows, k=1, seed=0, epoch=0):
-        item = load_group(group, rows, tmp_path, cache, config, want_labels=True)
+        item = Reader(tmp_path, cache, config, want_labels=True).load(group, rows)
         assert item.volumes[0].array.shape == (56, 112, 112) and item.labels is not None
         assert item.labels[0].any() and item.volumes[0].array.std() > 0.1

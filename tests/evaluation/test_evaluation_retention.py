@@ -128,6 +128,16 @@ def test_dissimilarity_does_not_mix_volumes_or_count_unnamed_organs() -> None:
     assert statistics(asked).dissimilarity == []
 
 
+def test_of_images_all_count_and_beside_a_volume_they_do_not() -> None:
+    """Two images (or a prior and a current scan) of eight tokens: both questions keep the same of the second."""
+    asked = [ask("first", "liver", (0,), prior=(0, 1)), ask("first", "kidneys", (0,), prior=(4,))]
+    assert statistics(asked).dissimilarity[0].value == 0
+    without = {"volume": None, "labels": None, "images": ["1.png", "2.png"]}
+    shown = [(row.model_copy(update=without), sample) for row, sample in asked]
+    (found,) = statistics(shown).dissimilarity
+    assert found.value == pytest.approx(3 / 4)  # {0, 1, 8} and {4, 8} share one of four
+
+
 def test_jaccard_of_every_pair() -> None:
     first = np.stack([mask(()), mask((0, 1)), mask(range(8))])
     value, random = jaccard_dissimilarity(first, np.stack([mask(()), mask((1, 2, 3, 4))]))
@@ -242,8 +252,10 @@ def test_maps_are_read_once_and_only_where_needed() -> None:
 def test_tables_show_the_figures() -> None:
     retention = Retention(split="test", fingerprint="f", block_share=0.0, modes={"scheduled": statistics(FIVE)})
     table = "\n".join(retention_markdown(retention))
-    assert "| existence | 4 | 2.0 | 0.250 | 1.5 | 2.5 |" in table  # kidneys, liver
-    assert "| size | 1 | 4.0 | 0.500 | - | 4.0 |" in table
+    # Kidneys, liver: all tokens kept, and those of the organ: tokens 0 and 1, 0; of the second task 1 and 2.
+    assert "| existence | 4 | 2.0 | 0.250 | 1.5 (1.0) | 2.5 (1.5) |" in table
+    assert "| size | 1 | 4.0 | 0.500 | - | 4.0 (2.0) |" in table
+    assert "in brackets, over volumes whose label map shows it, those of them that hold the organ" in table
     assert "| kidneys and liver | 2 | 3 | 0.325 | 0.867 |" in table
     assert "| liver, two questions | 1 | 1 | 0.667 | 0.667 |" in table
     assert "| · liver | 3 | 2 | 0 | 71.4 | 44.6 | 42.9 | 83.3 | 31.2 | 78.6 |" in table
@@ -256,6 +268,9 @@ def test_tables_show_the_figures() -> None:
     assert "about two organs: 0.33, of random masks 0.87" in lines[1]
     half = retention.model_copy(update={"block_share": 0.5})
     assert "(at least 50 % of their voxels)" in "\n".join(retention_markdown(half))
+    unlabelled = [ask("first", "liver", (0, 1, 3), labels=False)]
+    retention = retention.model_copy(update={"modes": {"scheduled": statistics(unlabelled)}})
+    assert "| existence | 1 | 3.0 | 0.375 | 3.0 |" in "\n".join(retention_markdown(retention))
 
 
 def test_a_region_that_no_volume_has_shows_no_figures() -> None:

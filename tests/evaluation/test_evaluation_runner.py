@@ -11,13 +11,14 @@ import pytest
 from mllm3d import registry
 from mllm3d.config import Config, Settings
 from mllm3d.data.manifest import Row, read_manifest, write_manifest
+from mllm3d.data.preprocess import Prepared
 from mllm3d.errors import UserError
 from mllm3d.evaluation.check_table import check
 from mllm3d.evaluation.check_table import main as check_table
 from mllm3d.evaluation.predictions import read
 from mllm3d.evaluation.results import read_results
 from mllm3d.evaluation.retention import Retention
-from mllm3d.evaluation.runner import evaluate
+from mllm3d.evaluation.runner import Shown, evaluate, group_by_study
 from tests.inference.fake_adapter import NAME, FakeAdapter, write_model
 
 MODES = ("scheduled", "none", "random", "zeroed")
@@ -134,6 +135,27 @@ def test_it_goes_on_where_it_stopped(config: Config, tail: bytes) -> None:
     untimed = [[{**line, "seconds": 0} for line in each] for each in (lines(config, "none"), before["none"])]
     assert untimed[0] == untimed[1]
     assert lines(config, "scheduled") == before["scheduled"]
+
+
+def test_rows_are_asked_together_if_their_study_prior_and_modality_are_the_same() -> None:
+    given: list[dict[str, Any]] = [
+        {"volume": "a"}, {"images": ["1", "2"]}, {"images": ["2", "1"]}, {"video": "v"}, {"volume": "a", "prior": "b"},
+        {"volume": "a", "modality": "MR"}, {"volume": "a", "images": ["1"]},
+    ]  # fmt: skip
+    usual = {"case": "c", "split": "test", "question": "?", "answer": "Yes", "task": "t"}
+    rows = [Row(id=f"{n}{k}", **usual, **fields) for k in range(3) for n, fields in enumerate(given)]
+    found = [[row.id for row in work.rows] for work in group_by_study(rows, 2)]
+    assert found == [ids for n in range(7) for ids in ([f"{n}0", f"{n}1"], [f"{n}2"])]
+
+
+def test_an_emptied_study_has_nothing_to_see() -> None:
+    array = np.arange(8, dtype=np.float32).reshape(2, 2, 2) - 1
+    pixels = np.arange(12, dtype=np.uint8).reshape(1, 2, 2, 3)
+    shown = Shown([Prepared(array, np.eye(4), (2, 2, 2), np.eye(4))], [pixels[0]], [pixels])
+    empty = shown.emptied()
+    assert (empty.volumes[0].array == -1).all() and empty.volumes[0].array.shape == array.shape
+    for before, after in ((shown.images[0], empty.images[0]), (shown.videos[0], empty.videos[0])):
+        assert after.shape == before.shape and after.dtype == np.uint8 and not after.any()
 
 
 def test_a_damaged_line_is_named(config: Config) -> None:

@@ -152,7 +152,15 @@ def test_mr_given_to_a_ct_model_warns_once_and_answers(
 
 
 def arguments(released: Path, volume: Path, **given: object) -> Namespace:
-    names = {"prior": None, "modality": "ct", "mode": "scheduled", "max_new_tokens": 8, "device": "cpu"}
+    names = {
+        "prior": None,
+        "image": None,
+        "video": None,
+        "modality": "ct",
+        "mode": "scheduled",
+        "max_new_tokens": 8,
+        "device": "cpu",
+    }
     extra = {"json": False, "evidence": None, "evidence_nifti": None, "question": "Anything bright?"}
     return Namespace(checkpoint=released, volume=volume, **(names | extra | given))
 

@@ -14,6 +14,16 @@ NAMES = sorted(
     for path in CONFIGS.rglob("*.yaml")
     if path.parent.name != "quickstart"
 )
+MOST_TOKENS = {
+    "photon_medframeqa": "16,384",
+    "photon_slake": "16,384",
+    "photon_nextqa": "128",
+    "table7/training_free": "16,384",
+}
+"""Configs on images or videos, and the most tokens of an image."""
+SEVEN_THOUSAND = ("photon_max", "table4/qwen25vl", "table4/zero_shot")
+UNCOUNTED = ("photon_deeptumorvqa_ood", "photon_deeptumorvqa_ood_free")
+"""Configs on a split whose size the paper does not give."""
 
 
 def dry_run(name: str) -> dict[str, str]:
@@ -26,9 +36,38 @@ def dry_run(name: str) -> dict[str, str]:
 def test_a_config_passes_the_dry_run_without_weights_or_data(name: str) -> None:
     found = dry_run(name)
     assert found["recipe"].startswith("photon.")
-    assert "unknown" not in " ".join(found.values())
-    max_tokens = name in ("photon_max", "table4/qwen25vl") or name.startswith("table7/")
-    assert found["tokens per volume"] == ("7,000" if max_tokens else "1,000")
+    if name in MOST_TOKENS:
+        assert "tokens per volume" not in found
+        assert found["tokens per image"].startswith(f"at most {MOST_TOKENS[name]}; of a video")
+        return
+    unknown = [key for key, value in found.items() if "unknown" in value]
+    assert unknown == (["data", "steps", "hours"] if name in UNCOUNTED else [])
+    assert found["tokens per volume"] == ("7,000" if name in SEVEN_THOUSAND else "1,000")
+    assert "tokens per image" not in found
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "steps"),
+    [
+        ("photon_medframeqa", "2,566 studies, 2,566 questions (data.expected", "242 of 32 studies"),
+        ("photon_nextqa", "3,870 studies, 34,132 questions (data.expected", "3,201 of 32 studies"),
+    ],
+)
+def test_images_and_videos_are_counted_as_studies(name: str, data: str, steps: str) -> None:
+    found = dry_run(name)
+    assert found["data"].startswith(data) and found["steps"].startswith(steps)
+    assert found["hours"] == "unknown: images and videos differ in size"
+
+
+@pytest.mark.parametrize("name", MOST_TOKENS)
+def test_images_and_videos_have_the_simplified_schedule(name: str) -> None:
+    """Photon A.3: no warm-ups, no robustness loss, the main loss alone; the backbone's own patches."""
+    config = load(name)
+    s = config.model.model_dump()
+    assert s["scheduling"]["soft_from"] == s["scheduling"]["hard_from"] == 0
+    assert s["robustness"]["probability"] == s["flip"]["probability"] == 0
+    assert s["checkpoint"] == "Qwen/Qwen2.5-VL-3B-Instruct" and s["patch_init"] is None
+    assert not config.prepares_volumes
 
 
 @pytest.mark.parametrize(("name", "billions"), [("photon_7b_phase2", "8.29"), ("photon_qwen3_phase2", "2.13")])

@@ -17,7 +17,7 @@ def pair(tokenizer: Any, tmp_path: Any) -> tuple[Qwen2_5_VLForConditionalGenerat
     """A random Qwen2.5-VL with its own 2-frame, 3-channel patches, and Photon read from its files."""
     vision = {"temporal_patch_size": 2, "in_channels": 3}
     values = tiny_config(tokenizer, vision=vision).to_dict()
-    for name in ("scheduling", "slices_per_frame", "temporal_step", "turn_end_token_id", "model_type"):
+    for name in ("scheduling", "slices_per_frame", "temporal_step", "text_after", "turn_end_token_id", "model_type"):
         values.pop(name, None)
     torch.manual_seed(0)
     qwen = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**values)).eval()
@@ -27,6 +27,7 @@ def pair(tokenizer: Any, tmp_path: Any) -> tuple[Qwen2_5_VLForConditionalGenerat
                 parameter.mul_(5)
     qwen.save_pretrained(tmp_path)
     photon = read_model(tmp_path).eval()
+    photon.config.text_after = "plane"  # as in the installed library
     photon.config.turn_end_token_id = tokenizer.eos_token_id
     return qwen, photon, PhotonProcessor.from_config(photon.config, tokenizer)
 
@@ -75,6 +76,34 @@ def test_positions_equal_those_of_transformers(pair: Any) -> None:
     config = photon.config
     found = rope_positions(batch["input_ids"][0].tolist(), grids, config.special_tokens, config.geometry)
     assert torch.equal(found, expected[:, 0])
+
+
+def test_text_goes_on_behind_the_largest_position_on_any_axis(pair: Any) -> None:
+    """The rule of the releases that the backbones and the published Photon were trained with, written plainly."""
+    _, photon, processor = pair
+    config = photon.config
+    config.text_after = "maximum"
+    batch = processor.batch([VolumeChats([torch.rand(4, 24, 16), torch.rand(24, 16, 32)], [turn("Which side?")])])
+    ids, grids = batch["input_ids"][0].tolist(), batch["video_grid_thw"].tolist()
+    expected: list[list[int]] = []
+    begin, shapes = 0, iter(grids)
+    for i, token in enumerate(ids):
+        if token != config.video_token_id:
+            begin = max(map(max, expected), default=-1) + 1
+            expected.append([begin] * 3)
+        elif ids[i - 1] != token:
+            begin = max(map(max, expected)) + 1
+            t, h, w = next(shapes)
+            step = 2 * config.vision_config.tokens_per_second  # two slices a slab, one a second
+            expected += [
+                [begin + step * z, begin + y, begin + x] for z in range(t) for y in range(h // 2) for x in range(w // 2)
+            ]
+    found = rope_positions(ids, volume_grids(grids, None, 2), config.special_tokens, config.geometry)
+    assert found.T.tolist() == expected
+    config.text_after = "plane"
+    assert (
+        rope_positions(ids, volume_grids(grids, None, 2), config.special_tokens, config.geometry)[0, -1] < found[0, -1]
+    )
 
 
 def test_greedy_generation_equals_that_of_transformers(pair: Any) -> None:

@@ -58,6 +58,53 @@ def test_every_mode_accounts_for_all_tokens(adapter: PhotonAdapter) -> None:
             assert 0 < answer.seconds_first <= answer.seconds_total
 
 
+def film(count: int, height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+def see(adapter: PhotonAdapter, mode: Any = "scheduled", **shown: Any) -> list[RawAnswer]:
+    return adapter.answer([], QUESTIONS, mode, max_new_tokens=4, seed=0, **shown)
+
+
+def test_images_and_videos_are_asked_about_in_every_mode(adapter: PhotonAdapter) -> None:
+    adapter.processor.min_pixels, adapter.processor.max_pixels = 256, 600
+    shown = {"images": [film(1, 16, 24)[0], film(1, 50, 20)[0, ..., 0]], "videos": [film(6, 16, 16)]}
+    boxes = [adapter.pixel_boxes((1, 16, 24)), adapter.pixel_boxes((1, 50, 20)), adapter.pixel_boxes((6, 16, 16))]
+    # 16 x 24 stays, 50 x 20 is over the budget and becomes 32 x 8, 16 x 16 stays; tokens of 4 x 8 x 8.
+    assert [len(item) for item in boxes] == [6, 4, 8]
+    assert [item[-1].tolist() for item in boxes] == [
+        [[0, 4], [8, 16], [16, 24]], [[0, 4], [24, 32], [0, 8]], [[4, 8], [8, 16], [8, 16]]
+    ]  # fmt: skip
+    grids = adapter.processor(None, [{"role": "user", "content": "?"}], **shown)["video_grid_thw"]
+    assert [len(item) for item in boxes] == [int(grid.prod()) // 4 for grid in grids]
+    for mode in ("scheduled", "none", "random", "noisy", "evicted"):
+        for answer in see(adapter, mode, **shown):
+            assert answer.tokens_before == 18 and answer.kept is not None and answer.kept.shape == (18,)
+            assert answer.tokens_after == answer.kept.sum()
+            assert answer.tokens_after == 18 if mode == "none" else 0 < answer.tokens_after < 18
+
+
+def test_pixels_that_were_encoded_are_not_taken_for_others(adapter: PhotonAdapter, saved: Path) -> None:
+    """The same numbers in another order, or as a video, or beside a volume, are something else."""
+    adapter.processor.min_pixels = 64
+    a, b = film(2, 16, 24)
+    cases: list[dict[str, Any]] = [
+        {"images": [a, b]}, {"images": [a, b]}, {"images": [b, a]}, {"videos": [np.stack([a, b])]}, {"images": [a]},
+        {"videos": [a]},  # (16, 24, 3): sixteen grey frames of 24 x 3
+        {"videos": [a[None]]},
+    ]  # fmt: skip
+    for shown in cases:
+        fresh = PhotonAdapter.load(saved, CPU, torch.float32)
+        fresh.processor.min_pixels = 64
+        here, there = see(adapter, **shown), see(fresh, **shown)
+        assert masks(here) == masks(there) and [x.text for x in here] == [x.text for x in there]
+
+
+def test_tokens_of_frames_are_not_averaged_as_slices_are(adapter: PhotonAdapter) -> None:
+    adapter.processor.slices_per_frame, adapter.processor.min_pixels = 3, 64
+    assert len(adapter.token_boxes((12, 8, 8))) == 1 and len(adapter.pixel_boxes((12, 8, 8))) == 3
+
+
 def test_what_is_kept_is_what_the_model_decides_on_the_prompt(adapter: PhotonAdapter) -> None:
     prompt = dict(adapter.processor([scan()], [[{"role": "user", "content": q}] for q in QUESTIONS]))
     decided = adapter.model(**prompt).kept

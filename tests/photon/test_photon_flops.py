@@ -155,16 +155,20 @@ def test_flipped_copies(build: Any, keep_ratio: float, questions: int) -> None:
 
 
 @pytest.mark.parametrize("backbone", ["qwen2.5", "qwen3"])
-@pytest.mark.parametrize("keep_ratio", [None, 0.25])
-def test_a_generated_token(build: Any, backbone: str, keep_ratio: float | None) -> None:
-    model, processor = build(backbone, None if keep_ratio is None else {"keep_ratio": keep_ratio})
+@pytest.mark.parametrize("early_cache", ["keep", "evict"])
+@pytest.mark.parametrize(("layers", "keep_ratio"), [(None, None), (["n/4"], 0.25), ([1, 3], 0.5)])
+def test_a_generated_token(
+    build: Any, backbone: str, early_cache: Any, layers: list[Any] | None, keep_ratio: float | None
+) -> None:
+    model, processor = build(backbone, None if layers is None else {"layers": layers, "keep_ratio": keep_ratio})
     batch = asked(processor, SHAPE, 1)
     of_text = lengths(model, batch)
     del batch["labels"]
+    how: Any = {"reduction": "none" if layers is None else "hard", "early_cache": early_cache, "use_cache": True}
     with torch.no_grad():
-        cache = model(**batch, reduction="none" if keep_ratio is None else "hard", use_cache=True).past_key_values
+        cache = model(**batch, **how).past_key_values
     found = counted(lambda: model(torch.tensor([[5]]), past_key_values=cache))
-    planned = token_flops(model.config, SHAPE, of_text["text"] + 1, keep_ratio, of_text["before"])
+    planned = token_flops(model.config, SHAPE, of_text["text"] + 1, keep_ratio, of_text["before"], early_cache)
     assert planned == pytest.approx(found, rel=EXACT)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from mllm3d.training.engine import checkpoint_activations
 from photon.losses import band_loss, flip_loss
 from photon.packing import pack
 from photon.processing_photon import VolumeChats
@@ -277,7 +278,7 @@ def test_activation_checkpointing_changes_no_gradient(tiny: Any, reduction: str)
     weights = LossWeights(0.1, 0.3)
     total_loss(model, batch, reduction, weights).backward()
     plain = gradients(model)
-    model.gradient_checkpointing_enable()
+    checkpoint_activations(model)
     total_loss(model, batch, reduction, weights).backward()
     again = gradients(model)
     assert plain.keys() == again.keys()

@@ -89,7 +89,7 @@ def library(tokenizer: Any, tmp_path_factory: Any) -> tuple[Any, Any]:
     """A random Qwen2.5-VL with patches of 2 x 4 x 4 x 3, and Photon (Max) read from its files."""
     config = tiny_config(tokenizer, vision={"temporal_patch_size": 2, "in_channels": 3})
     values = config.to_dict()
-    for name in ("scheduling", "slices_per_frame", "temporal_step", "model_type"):
+    for name in ("scheduling", "slices_per_frame", "temporal_step", "text_after", "model_type"):
         values.pop(name)
     torch.manual_seed(0)
     qwen = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**values)).eval()
@@ -100,6 +100,7 @@ def library(tokenizer: Any, tmp_path_factory: Any) -> tuple[Any, Any]:
     folder = tmp_path_factory.mktemp("qwen")
     qwen.save_pretrained(folder)
     photon = read_model(folder).eval()
+    photon.config.text_after = "plane"  # as in the installed library
     photon.config.turn_end_token_id = config.turn_end_token_id
     photon.config.user_turn_token_ids = config.user_turn_token_ids
     return qwen, photon

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from mllm3d.data.dataset import GroupItem
+from photon.patch_embedding import Scale
+from photon.processing_photon import VolumeChats
 from photon.surrogate import DropTokens
+from tests.data.pictures import picture
 from tests.photon.tiny_recipes import ROWS, TOKENS, Recipes, items, run, separate_losses
 
 
@@ -107,6 +110,44 @@ def test_counts_are_those_of_the_rows(recipes: Recipes, backbone: Path) -> None:
     whole = sum(int((row != tokenizer.pad_token_id).sum()) for row in batch["input_ids"])
     assert counts["tokens"] == whole - 2 * batch["layout"].prefix_lengths[0]
     assert recipe.sample_ids(batch) == ["q0", "q1", "q2", "q3"]
+
+
+def test_images_and_videos_reach_the_model_in_their_order(recipes: Recipes, backbone: Path) -> None:
+    recipe = recipes.phase2(backbone, {"min_pixels": 64, "max_pixels": 300})
+    module = recipe.build()
+    assert (recipe.processor.min_pixels, recipe.processor.max_pixels) == (64, 300)
+    study, other = picture(3, 12, 16, 3), picture(2, 20, 30)
+    found = [
+        GroupItem([], ROWS[:2], None, list(study), []),
+        GroupItem([], ROWS[2:3], None, [], [other]),
+        items()[1],
+    ]
+    batch = recipe.collate(found)
+    chats = [[{"role": "user", "content": r.question}, {"role": "assistant", "content": r.answer}] for r in ROWS]
+    expected = recipe.processor.batch(
+        [
+            VolumeChats([], chats[:2], list(study)),
+            VolumeChats([], chats[2:3], [], [other]),
+            VolumeChats([found[2].volumes[0].array], chats[3:]),
+        ]
+    )
+    assert torch.equal(batch["pixel_values_videos"], expected["pixel_values_videos"])
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    assert batch["grids"] == expected["video_grid_thw"].tolist() and len(batch["grids"]) == 5
+    turned = recipe.collate([found[0]._replace(images=list(study[::-1])), *found[1:]])
+    assert not torch.equal(turned["pixel_values_videos"], batch["pixel_values_videos"])
+    assert recipe.counts(batch)["volumes"] == 3 and recipe.counts(batch)["questions"] == 4
+    _, _, output = run(recipe, module, chosen=found)
+    assert all(bool(term.value.isfinite()) for term in output.terms.values())
+
+
+def test_without_volumes_grey_pixels_are_read_as_the_checkpoint_read_them(recipes: Recipes, backbone: Path) -> None:
+    first = recipes.phase1(backbone)
+    folder = recipes.save(first, first.build(), "grey")
+    for volume, scale in ((None, Scale(0.5, 0.5)), ({"mean": 0.25}, Scale(0.25, 1.0))):
+        recipe = recipes.phase2(folder, volume=volume)
+        recipe.build()
+        assert recipe.processor.reader.scale == [scale]
 
 
 def test_phase1_sums_cross_entropy_over_label_tokens(recipes: Recipes, backbone: Path) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mllm3d.config import VolumeConfig
 from mllm3d.errors import UserError
+from mllm3d.inference.checkpoint import source_folder
 from photon import PhotonForConditionalGeneration
 from photon.flops import forward_flops, vision_flops
-from photon.recipes.base import checkpoint_folder
 from tests.photon.tiny_recipes import SHAPE, TOKENS, Recipes, run
 
 # --- folders ------------------------------------------------------------------------------------------------
@@ -67,9 +67,9 @@ def test_a_checkpoint_may_be_a_run_or_one_of_its_steps(recipes: Recipes, backbon
     (step.parent / "latest").write_text("step_7\n")
     (step / "model" / "preprocessing.json").write_text(VolumeConfig().model_dump_json())
     for source in (tmp_path / "run", step, step / "model"):
-        assert checkpoint_folder(str(source)) == str(step / "model")
+        assert source_folder(str(source)) == str(step / "model")
         assert recipes.phase1(source).initial_config().patches.size == (4, 4, 4)
-    assert checkpoint_folder("Qwen/Qwen2.5-VL-3B-Instruct") == "Qwen/Qwen2.5-VL-3B-Instruct"
+    assert source_folder("Qwen/Qwen2.5-VL-3B-Instruct") == "Qwen/Qwen2.5-VL-3B-Instruct"
 
 
 def test_loading_and_saving_draw_no_bars(recipes: Recipes, backbone: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -154,5 +154,5 @@ def test_phase2_is_planned_from_its_backbone_until_phase1_has_saved(
 
 def test_volumes_of_any_size_have_no_figures_and_train_all_the_same(recipes: Recipes, backbone: Path) -> None:
     recipe = recipes.phase2(backbone, volume__shape=None)
-    assert recipe.describe() == {}
+    assert recipe.describe().keys() == {"most_tokens_per_image"}
     assert set(run(recipe, recipe.build())[2].terms) == {"ce", "band"}

@@ -1,6 +1,7 @@
 """Parts of the trainer that need no ranks: schedule, optimizer, loss, stored files, logs, estimate."""
 
 import copy
+import hashlib
 import json
 import math
 import pickle
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from mllm3d.config import Config, OptimizerConfig, config_to_yaml
+from mllm3d.data.manifest import Row
 from mllm3d.errors import UserError
 from mllm3d.training import random_state
 from mllm3d.training.distributed import World
@@ -26,7 +28,7 @@ from mllm3d.training.recipe import StepOutput, Term, to_device
 from mllm3d.training.schedule import build_schedule, rate
 from mllm3d.training.step import step_loss
 from mllm3d.training.stored import StateFiles
-from mllm3d.training.trainer import peak_speed
+from mllm3d.training.trainer import data_fingerprint, peak_speed
 from tests.training.toy_recipe import ToyRecipe
 from tests.training.toy_run import Planted, read_config
 
@@ -229,6 +231,33 @@ def test_a_cpu_has_a_peak_only_where_the_config_names_it(toy_config: Make, tmp_p
     assert "peak_tflops: null" in config_to_yaml(config)  # so it is not named in the run folder either
     named = read_config(toy_config(tmp_path, estimate__peak_tflops=1e-6))
     assert peak_speed(named, ToyRecipe(named), two_ranks) == pytest.approx(2 * 1e6 / (6 * 64 * 8))
+
+
+# --- rows ---------------------------------------------------------------------------------------------------
+
+USUAL = {"id": "q", "case": "c", "split": "train", "question": "?", "answer": "Yes", "task": "t"}
+
+
+def test_runs_on_volumes_go_on_that_began_before_rows_had_images() -> None:
+    """The fingerprint that a checkpoint keeps, of a row as it was written then."""
+    before = (
+        '{"id":"q","case":"c","split":"train","volume":"a.nii","prior":null,"question":"?","answer":"Yes",'
+        '"options":null,"task":"t","subtask":null,"modality":"CT","labels":null,"report":null,"meta":{}}'
+    )
+    assert data_fingerprint([Row(**USUAL, volume="a.nii")]) == hashlib.sha256(before.encode()).hexdigest()[:16]
+    shown: list[dict[str, Any]] = [{"images": ["1", "2"]}, {"images": ["2", "1"]}, {"video": "1"}]
+    assert len({data_fingerprint([Row(**USUAL, **fields)]) for fields in shown}) == 3
+
+
+def test_rows_that_a_recipe_cannot_be_given(toy_config: Make, tmp_path: Path) -> None:
+    given = toy_config(tmp_path)
+    recipe = ToyRecipe(read_config(given))
+    recipe.check_rows([Row(**USUAL, volume="a.nii")])
+    with pytest.raises(UserError, match="row q: 1.png, 2.png: .* takes volumes, no images or videos"):
+        recipe.check_rows([Row(**USUAL, images=["1.png", "2.png"])])
+    del given["volume"]
+    with pytest.raises(UserError, match="volume: is missing, and row q has a volume"):
+        ToyRecipe(read_config(given)).check_rows([Row(**USUAL, volume="a.nii")])
 
 
 # --- estimate -----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from mllm3d.config import VolumeConfig
 from mllm3d.data.cache import VolumeCache
-from mllm3d.data.dataset import load_group
+from mllm3d.data.dataset import Reader
 from mllm3d.data.manifest import Row, read_manifest
 from mllm3d.data.samplers import batches_for_rank, make_groups
 from tests.training.toy_launch import DEEPSPEED, PYTHON, TORCHRUN, Outcome, launch, read_metrics, read_weights
@@ -325,7 +325,8 @@ def test_the_validation_loss_is_the_mean_over_the_split_and_decides_which_is_bes
     groups = make_groups(rows, 4, seed=0, epoch=0)
     cache = VolumeCache(run / "cache")
     root = recipe.config.data.manifest.parent
-    batch = recipe.collate([load_group(group, rows, root, cache, recipe.config.volume) for group in groups])
+    reader = Reader(root, cache, recipe.config.volume)
+    batch = recipe.collate([reader.load(group, rows) for group in groups])
     with torch.no_grad():
         terms = recipe.losses(model, batch, 0, 4, {"tokens": 1.0}).terms
     counts = recipe.counts(batch)
