@@ -11,16 +11,32 @@ from typing import Any
 from mllm3d.errors import UserError
 
 RECIPES: dict[str, str] = {
+    "med3dvlm.contrastive": "med3dvlm.recipes.contrastive:Contrastive",
+    "med3dvlm.finetune": "med3dvlm.recipes.language:Finetune",
+    "med3dvlm.projector": "med3dvlm.recipes.language:ProjectorRecipe",
+    "med3dvlm.text": "med3dvlm.recipes.text:Text",
     "photon.backbone": "photon.recipes.backbone:Backbone",
     "photon.phase1": "photon.recipes.phases:Phase1",
     "photon.phase2": "photon.recipes.phases:Phase2",
 }
 """`recipe:` of a config -> "module:class" of an `mllm3d.training.recipe.Recipe`."""
 
-ADAPTERS: dict[str, str] = {"photon": "photon.recipes.adapter:PhotonAdapter"}
+ADAPTERS: dict[str, str] = {
+    "med3dvlm": "med3dvlm.recipes.adapter:Med3DVLMAdapter",
+    "photon": "photon.recipes.adapter:PhotonAdapter",
+}
 """`model_type` of a checkpoint's config.json -> "module:class" of an `mllm3d.inference.adapter.Adapter`."""
 
-CONVERTERS: dict[str, str] = {"photon": "photon.published:PublishedPhoton"}
+EMBEDDERS: dict[str, str] = {"med3dclip": "med3dvlm.recipes.adapter:Med3DCLIPAdapter"}
+"""`model_type` of a checkpoint's config.json -> "module:class" of an `mllm3d.inference.adapter.Embedder`."""
+
+EMBEDDING_RECIPES = {"med3dvlm.contrastive"}
+"""Recipes whose models are embedders: their evaluation is retrieval."""
+
+CONVERTERS: dict[str, str] = {
+    "med3dvlm": "med3dvlm.published:PublishedMed3DVLM",
+    "photon": "photon.published:PublishedPhoton",
+}
 """Format of published checkpoints -> "module:class" of an `mllm3d.release.convert.Converter`."""
 
 
@@ -32,6 +48,11 @@ def recipe_class(name: str) -> Any:
 def adapter_class(model_type: str) -> Any:
     """The inference adapter for checkpoints of this `model_type`. Raises `UserError` for an unknown one."""
     return _resolve(model_type, ADAPTERS, "model_type")
+
+
+def embedder_class(model_type: str) -> Any:
+    """The embedder for checkpoints of this `model_type`. Raises `UserError` for an unknown one."""
+    return _resolve(model_type, EMBEDDERS, "model_type")
 
 
 def converter_class(name: str) -> Any:

@@ -69,7 +69,8 @@ class TreePlan(Plan):
     """Every group's prefix once, and its questions as branches of it.
 
     Packed order: the prefixes of all groups, then the questions group by group. With ``stored`` keys and values
-    of one group's prefix by layer, only its questions pass; what is remembered has the prefix in front.
+    of one group's prefix by layer, only its questions pass; what is remembered has the prefix in front. ``visible``
+    hides part of the prefix from a question, ``(K, P)`` bool for each group.
     """
 
     def __init__(
@@ -79,9 +80,10 @@ class TreePlan(Plan):
         record: bool = False,
         watch: int | None = None,
         stored: dict[int, tuple[Tensor, Tensor]] | None = None,
+        visible: list[Tensor] | None = None,
     ) -> None:
         super().__init__(record, watch)
-        self.prefixes, self.suffixes, self.stored = prefixes, suffixes, stored
+        self.prefixes, self.suffixes, self.stored, self.visible = prefixes, suffixes, stored, visible
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         if self.stored is None:
@@ -94,7 +96,7 @@ class TreePlan(Plan):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         first = 0 if self.stored is None else self.prefixes[0]
-        return tree_attention(query[:, first:], key, value, self.prefixes, self.suffixes, scale)
+        return tree_attention(query[:, first:], key, value, self.prefixes, self.suffixes, scale, self.visible)
 
 
 def photon_attention(

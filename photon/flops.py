@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from photon.configuration_photon import PhotonConfig
+from photon.decoding import EarlyCache
 from photon.geometry import Size3
 
 
@@ -136,11 +137,22 @@ def flip_flops(
 
 
 def token_flops(
-    config: PhotonConfig, shape: Size3, text: int, keep_rate: float | Sequence[float] | None, before: int = 0
+    config: PhotonConfig,
+    shape: Size3,
+    text: int,
+    keep_rate: float | Sequence[float] | None,
+    before: int = 0,
+    early_cache: EarlyCache = "keep",
 ) -> float:
-    """One generated token of one question, behind ``text`` tokens: itself included, with ``early_cache: keep``."""
+    """One generated token of one question, behind ``text`` tokens, itself included.
+
+    ``early_cache``: with ``evict`` the layers below a drop, too, see only what passed the last one.
+    """
     visual, layers = config.patches.tokens(shape), config.text_config.num_hidden_layers
-    stages = [(0, 1.0), *_drops(config, keep_rate), (layers, 0.0)]
+    drops = _drops(config, keep_rate)
+    if early_cache == "evict" and drops:
+        drops = [(0, drops[-1][1])]
+    stages = [(0, 1.0), *drops, (layers, 0.0)]
     total = _head(config, 1)
     for (start, left), (end, _) in pairwise(stages):
         total += decoder_flops(config, end - start, 1, before + left * visual + text)

@@ -35,7 +35,7 @@ from photon.scheduling import (
     saliency_logits,
     weighted_query,
 )
-from photon.stream import GradientScale, LossWeights, Stream, advance, drop, select, weigh
+from photon.stream import GradientScale, LossWeights, Stream, advance, drop, select, unite, weigh
 from photon.vision import TOWERS
 
 logger = logging.get_logger(__name__)
@@ -254,7 +254,10 @@ class PhotonModel(PhotonPreTrainedModel):
         chosen = select(stream, retention.kept, retention.rescued)
         if chosen.counts[0]:
             logger.warning_once("a question kept no visual token (no q above 0.5); its most probable one stays")
-        hidden = drop(stream, chosen, retention, GradientScale.of(layout, how.weights), self.scheduling.surrogate)
+        scale, surrogate = GradientScale.of(layout, how.weights), self.scheduling.surrogate
+        if self.scheduling.upper_layers == "union" and how.flip == "none":
+            return unite(stream, chosen, retention, layout, scale, surrogate)
+        hidden = drop(stream, chosen, retention, scale, surrogate)
         if how.flip == "none":
             return advance(stream, chosen, hidden)
         flipped = select(stream, retention.flipped())
@@ -268,6 +271,8 @@ class PhotonModel(PhotonPreTrainedModel):
         drops = () if self.scheduling is None or how.reduction == "none" else self.config.scheduling_layers
         if how.flip == "add" and len(drops) > 1:
             raise ValueError("flip: add needs a single scheduling layer; use replace with several")
+        if len(drops) > 1 and self.scheduling is not None and self.scheduling.upper_layers == "union":
+            raise ValueError("scheduling.upper_layers: union needs a single scheduling layer; use own with several")
         bounds = [*drops, layers]
         stream, plan, encoded = self._enter(input_ids, layout, visual_embeds, deepstack, bounds[0], how)
         deepstack = deepstack if how.prefix is None else how.prefix.deepstack
@@ -285,6 +290,9 @@ class PhotonModel(PhotonPreTrainedModel):
                 stream.hidden = reaching(stream.hidden, probability)
             assert stream.lengths is not None
             plan = RowsPlan(stream.lengths, how.record, watch=end - 1)
+            if stream.tree is not None:
+                prefixes, visible = stream.tree
+                plan = TreePlan(prefixes, layout.suffix_lengths, how.record, visible=visible)
             stream.hidden = self.run(stream.hidden, range(start, end), stream.rotary, plan, stream.ordinal, deepstack)
             stages.append(Stage.of(stream, start))
             keys_values |= plan.keys_values

@@ -44,6 +44,8 @@ class SchedulingSettings:
         detach: saliency gets no gradient; the predictor still learns through the threshold.
         keep_ratio: keep this share of the tokens instead of using a threshold.
         selection: ``random`` keeps as many tokens as saliency would, but drawn at random (a control).
+        upper_layers: ``own``: above the drop each row has its own kept tokens, as in the paper. ``union``: the rows of
+            a volume share those that any of them keeps, and each reads its own; the same for one row.
         surrogate: settings of the backward pass (Eq. 12-17).
     """
 
@@ -58,6 +60,7 @@ class SchedulingSettings:
     detach: bool = True
     keep_ratio: float | None = None
     selection: Literal["saliency", "random"] = "saliency"
+    upper_layers: Literal["own", "union"] = "own"
     surrogate: SurrogateSettings = SurrogateSettings()
 
     @classmethod

@@ -41,6 +41,8 @@ class Stream:
         moved: ``(T)`` where a suffix token now stands (prefix tokens may stand in several places).
         source: ``(S)`` index in the stream before; None for the first.
         flipped_moved: ``moved`` for the copies that have the inverted mask (Eq. 20); None without them.
+        tree: where rows share their kept tokens: tokens of each group's prefix, and which of them each of its rows
+            sees, ``(K, tokens)`` bool.
     """
 
     hidden: Tensor
@@ -54,6 +56,7 @@ class Stream:
     moved: Tensor
     source: Tensor | None = None
     flipped_moved: Tensor | None = None
+    tree: tuple[list[int], list[Tensor]] | None = None
 
     @classmethod
     def enter(cls, hidden: Tensor, rotary: Rotary, layout: Layout) -> "Stream":
@@ -165,6 +168,65 @@ def drop(
         scale.samples, scale.row, settings,
     )  # fmt: skip
     return dropped
+
+
+def unite(
+    stream: Stream,
+    chosen: Chosen,
+    retention: Retention,
+    layout: Layout,
+    scale: "GradientScale",
+    settings: SurrogateSettings,
+) -> Stream:
+    """The stream after a drop in which the rows of a group share all that any of them keeps (``upper_layers: union``).
+
+    Packed as on entering: each group's prefix, now with the union, then its rows' texts. A token that several rows
+    keep has one gradient; each row's surrogate takes an equal part of it.
+    """
+    device, kept = stream.hidden.device, retention.kept
+    rows_of = [len(lengths) for lengths in layout.suffix_lengths]
+    groups = [k[:, :n] for k, n in zip(kept.split(rows_of), layout.visual_counts, strict=True)]
+    keepers = torch.ones(len(stream.hidden), device=device)  # rows that go on with a token; text is always there
+    keepers[layout.visual] = torch.cat([k.sum(0) for k in groups]).to(keepers.dtype)
+    passed = F.pad((keepers > 0).cumsum(0), (1, 0))
+    bounds = torch.tensor([0, *layout.prefix_lengths]).cumsum(0).to(device)
+    prefixes = passed[bounds].diff().tolist()
+    size = sum(prefixes) + sum(map(sum, layout.suffix_lengths))
+    index, moved = torch.nonzero_static(keepers > 0, size=size)[:, 0], passed[:-1]
+    at = moved[chosen.index]
+    hidden: Tensor = DropTokens.apply(
+        stream.hidden, retention.probability, index, chosen.cell, kept, retention.valid,
+        scale.samples, scale.row, settings, at, 1 / keepers[chosen.index],
+    )  # fmt: skip
+    rows = length_table(chosen.lengths, device)
+    row_tokens = torch.where(rows < 0, -1, at[rows.clamp(min=0)])
+    places = torch.full((stream.visual_at.numel() + 1,), -1, device=device)  # text falls into the last place
+    places[chosen.cell] = at
+    return Stream(
+        hidden,
+        (stream.rotary[0][:, index], stream.rotary[1][:, index]),
+        chosen.lengths,
+        row_tokens,
+        torch.where(rows < 0, -1, chosen.ordinal[rows.clamp(min=0)]),
+        places[:-1].view_as(stream.visual_at),
+        torch.where(stream.instruction < 0, -1, moved[stream.instruction.clamp(min=0)]),
+        stream.ordinal[index],
+        moved[stream.moved],
+        index,
+        tree=(prefixes, _seen(layout, groups, prefixes, index)),
+    )
+
+
+def _seen(layout: Layout, groups: list[Tensor], prefixes: list[int], index: Tensor) -> list[Tensor]:
+    """Which of its group's tokens ``index`` each row sees: all text, and what it keeps. ``(K, tokens)`` bool each."""
+    number = torch.full((len(layout.source),), -1, device=index.device)
+    for places in layout.visual.split(layout.visual_counts):
+        number[places] = torch.arange(len(places), device=index.device)
+    visible = []
+    for kept, own in zip(groups, number[index[: sum(prefixes)]].split(prefixes), strict=True):
+        with_text = F.pad(kept, (0, 1), value=True)  # the last column is text's, whose number is -1
+        visible.append(with_text[:, own])
+    return visible
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,8 @@ class DropTokens(torch.autograd.Function):
         sample_scale: Tensor,
         row_weight: float,
         settings: SurrogateSettings,
+        at: Tensor | None = None,
+        share: Tensor | None = None,
     ) -> Tensor:
         """``hidden[index]``: ``(T, D) -> (S, D)``.
 
@@ -99,23 +101,28 @@ class DropTokens(torch.autograd.Function):
             hidden: ``(T, D)``. probability: ``(R, N)``. kept, valid: ``(R, N)`` bool.
             index: ``(S)`` which token comes next. cell: ``(S)`` its place in the flattened ``(R, N)``, -1 for text.
             sample_scale: ``(R)``. row_weight: weight of a row in the loss.
+            at, share: where rows have tokens in common, ``cell`` has one entry for each row's token (C) instead;
+                ``at`` (C) is where it stands in the result, and ``share`` (C) its part of that token's gradient.
         """
-        ctx.save_for_backward(hidden, probability, index, cell, kept, valid, sample_scale)
+        ctx.save_for_backward(hidden, probability, index, cell, kept, valid, sample_scale, at, share)
         ctx.row_weight, ctx.settings = row_weight, settings
         return hidden[index]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, probability, index, cell, kept, valid, sample_scale = ctx.saved_tensors
+        hidden, probability, index, cell, kept, valid, sample_scale, at, share = ctx.saved_tensors
         grad = grads[0]
         restored = torch.zeros_like(hidden).index_add_(0, index, grad) if ctx.needs_input_grad[0] else None  # Eq. 11
         if not ctx.needs_input_grad[1]:
-            return restored, *[None] * 8
+            return restored, *[None] * 10
         product = hidden[index].float() * grad.float()
+        sums = torch.stack([product.sum(1), product.abs().sum(1)])
+        if at is not None:
+            sums = sums[:, at] * share
         # Text tokens are added to one cell behind the table, which is cut off: no boolean index, no host sync.
         place = torch.where(cell < 0, kept.numel(), cell)
         table = product.new_zeros(2, kept.numel() + 1)
-        table.index_add_(1, place, torch.stack([product.sum(1), product.abs().sum(1)]))
+        table.index_add_(1, place, sums)
         eta, magnitude = table[:, :-1].unflatten(1, kept.shape) * sample_scale[:, None]  # Eq. 12, 15
         dq = surrogate_gradient(eta, magnitude, probability.float(), kept, valid, ctx.settings) * ctx.row_weight
-        return restored, dq.to(probability.dtype), *[None] * 7
+        return restored, dq.to(probability.dtype), *[None] * 9

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 
+from mllm3d.data.prompts import with_options
+
 if TYPE_CHECKING:
     import torch
 
@@ -41,6 +43,28 @@ class RawAnswer:
     kept: np.ndarray | None
 
 
+class Embedder(Protocol):
+    """One loaded model that puts volumes and texts into one space, where what belongs together is near."""
+
+    @classmethod
+    def load(cls, directory: Path, device: "torch.device", dtype: "torch.dtype") -> Self:
+        """As for an `Adapter`."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Of an embedding."""
+        ...
+
+    def embed_volumes(self, volumes: Sequence[np.ndarray]) -> np.ndarray:
+        """Float32 (volumes, width), rows of length 1; volumes as for an `Adapter`."""
+        ...
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Float32 (texts, width), rows of length 1."""
+        ...
+
+
 class Adapter(Protocol):
     """One loaded model."""
 
@@ -52,6 +76,19 @@ class Adapter(Protocol):
         """Load a Hugging Face folder (config.json, safetensors, processor) in eval mode.
 
         Strict: a missing, unexpected or misshapen weight raises `UserError`, never a warning.
+        """
+        ...
+
+    def wording(self, question: str, options: Sequence[str] | None) -> str:
+        """A question with its options as the model was trained to read it; where this is left out, it is
+        `mllm3d.data.prompts.with_options`."""
+        return with_options(question, options)
+
+    @classmethod
+    def save_merged(cls, directory: Path, out: Path) -> None:
+        """Write the model in `directory` into the empty folder `out`, its adapters (LoRA) added to what they adapt.
+
+        Left out where models have none. Raises `UserError` if this one has none.
         """
         ...
 
@@ -69,7 +106,7 @@ class Adapter(Protocol):
 
         volumes: float32 (D, H, W) in model units (`mllm3d.data.preprocess.Prepared.array`), a prior scan
             first; encoded once for all questions.
-        questions: the text of the user's turn (`mllm3d.data.prompts.question_text`), no chat template.
+        questions: the text of the user's turn as `wording` gives it, no chat template.
         mode: `scheduled` drops as trained, `none` keeps every token, `random` keeps as many tokens as
             `scheduled` would for the same question, drawn from the seed and the question's text alone, so
             that a question's draw does not depend on which others share the call. `noisy` is `scheduled` with

@@ -21,6 +21,18 @@ def without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def without_reports() -> Iterator[None]:
+    """No tables of a checkpoint's keys that are not wanted: what is missing is checked where this is used."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with without_bars():
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def save_pretrained(module: nn.Module, processor: Any, state_dict: dict[str, Tensor] | None, directory: Path) -> None:
     """Model and processor into an existing folder. `state_dict`: weights, where the module does not hold them itself.
 

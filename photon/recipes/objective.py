@@ -37,6 +37,9 @@ class TokenScheduling(Settings):
     selection: Literal["saliency", "random"] = Field(
         default="saliency", description="random: as many tokens as saliency would keep, but drawn (a control)."
     )
+    upper_layers: Literal["own", "union"] = Field(
+        default="own", description="Above the drop: each question's own tokens, or a volume's questions share theirs."
+    )
     temperature: float = Field(default=0.2, gt=0, description="tau_ce of Eq. 8.")
     threshold_scale: float = Field(default=0.9, gt=0, le=1, description="The predicted threshold is multiplied by it.")
     predictor_width: int | None = Field(default=None, description="Hidden units of the predictor. None: width / 8.")

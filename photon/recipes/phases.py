@@ -118,6 +118,9 @@ class Phase2Settings(ObjectiveSettings, PixelSettings):
 
     @model_validator(mode="after")
     def _flips_at_one_layer(self) -> Self:
+        shared = self.scheduling is not None and self.scheduling.upper_layers == "union"
+        if shared and (self.objective == "add" or len(self.scheduling.layers) > 1):  # type: ignore[union-attr]
+            raise ValueError("scheduling.upper_layers: union needs one scheduling layer and objective: replace")
         if self.objective == "add" and self.scheduling is not None and len(self.scheduling.layers) > 1:
             raise ValueError(
                 "objective: add flips at one scheduling layer; choose replace, or one of scheduling.layers"
