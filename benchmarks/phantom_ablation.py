@@ -78,17 +78,24 @@ def _at_rate(rate: float, layer: str | int) -> list[Variant]:
     ]
 
 
+def _shared(rate: float) -> Variant:
+    """A fixed ratio where the questions of a volume share what any of them keeps."""
+    settings = _scheduling(keep_ratio=rate, layers=["n/4"], soft_from=0, hard_from=0, upper_layers="union")
+    return Variant(f"union-{rate:g}", f"fixed ratio {rate:g}, after n/4, union", settings, modes=("scheduled", "none"))
+
+
 def variants(rates: Sequence[float] = RATES) -> dict[str, Variant]:
     """All rows by name, in the order of the table."""
     rows = [
         Variant("no-reduction", "no reduction", _scheduling(soft_from=NEVER, hard_from=NEVER), modes=("none",)),
         Variant("photon", "Photon (after n/4)"),
-        Variant("photon-sparse", "Photon, band 0.05 to 0.2", ("model.band.low=0.05", "model.band.high=0.2")),
+        Variant("sparse", "Photon, band 0.05 to 0.2", ("model.band.low=0.05", "model.band.high=0.2")),
         Variant("no-phase1", "without phase 1", _fresh_patches(), start="backbone"),
         Variant("layer-0", "before the first layer", _scheduling(layers=[0])),
         Variant("layer-half", "after n/2", _scheduling(layers=["n/2"])),
         Variant("layer-late", "after 3n/4", _scheduling(layers=["3n/4"])),
         *(variant for layer in ("n/4", 0) for rate in rates for variant in _at_rate(rate, layer)),
+        _shared(0.1),
         Variant("no-affinity", "without self-affinity", _scheduling(self_affinity=False)),
         Variant("no-robustness", "without robustness loss", ("model.robustness.probability=0",)),
         Variant("no-flip", "without flip loss", ("model.flip.probability=0",)),

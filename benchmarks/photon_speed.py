@@ -11,11 +11,12 @@ logits only where they are needed. They run in turn, round after round. Apart ar
 
 - a training step: forward and backward, no optimizer; index tables are there, as the trainer's workers make them;
 - the prefill: from token ids and patches on the device to the first token of every question;
-- each further token, of all questions at once.
+- each further token, of all questions at once. Where tokens are dropped there are two rows of it: the layers below the
+  drop keep all that passed them (`early_cache: keep`), or have what the drop left (`evict`).
 
-Seconds are per question. Peak memory is of the whole batch, above weights, gradients and the batch itself. The
-threshold is set so that the predictor's mask keeps the share that is asked for; predictor and surrogate gradient run
-as in training. ``--out`` keeps the single times.
+Seconds and caches are per question. Peak memory is of the whole batch, above weights, gradients and the batch itself.
+The threshold is set so that the predictor's mask keeps the share that is asked for; predictor and surrogate gradient
+run as in training. ``--out`` keeps the single times.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,10 @@ from measuring import KINDS, Part, machine, peak_bytes, profile_parts, seconds
 from torch import Tensor
 
 from mllm3d.evaluation.tables import markdown_table
+from mllm3d.training.engine import checkpoint_activations
 from photon import PhotonConfig, PhotonForConditionalGeneration
 from photon.building import patched_config, planned_config
+from photon.decoding import EarlyCache
 from photon.flops import forward_flops, token_flops, volume_flops
 from photon.geometry import Size3
 from photon.patch_embedding import PatchEmbedding, patchify
@@ -57,6 +60,7 @@ class Variant:
     Attributes:
         deep: the 3D patch embedding instead of the backbone's patches of two slices.
         questions: K, asked about one volume in one batch. keep: share of the visual tokens that stay; None drops none.
+        early: what further tokens see below the drop. ``evict`` changes nothing before them, and has a row only there.
     """
 
     name: str
@@ -64,12 +68,26 @@ class Variant:
     deep: bool
     questions: int = 1
     keep: float | None = None
+    early: EarlyCache = "keep"
+
+    @property
+    def evicting(self) -> "Variant":
+        """The same, evicting."""
+        return replace(self, name=f"{self.name}-evict", title=f"{self.title}, evict", early="evict")
+
+    def is_one_of(self, rows: Sequence[str]) -> bool:
+        """Whether a user who names ``rows`` means this one too: ``d``, ``d8`` and ``d8-evict`` mean the last."""
+        return not {self.name, self.name.removesuffix("-evict"), self.name[0]}.isdisjoint(rows)
+
+    def measured_in(self, phase: str) -> bool:
+        """Whether its figures of a phase are its own."""
+        return self.early == "keep" or phase == TOKEN
 
 
 def variants(questions: Sequence[int]) -> list[Variant]:
     """All rows; more than one question a volume only where they share it."""
     several = [k for k in questions if k > 1]
-    return [
+    rows = [
         Variant("a", "(a) unpruned baseline", False),
         Variant("b", "(b) 3D patch embedding", True),
         Variant("c", f"(c) Photon, keep {KEEP}", True, 1, KEEP),
@@ -77,6 +95,7 @@ def variants(questions: Sequence[int]) -> list[Variant]:
         Variant("e", f"(e) Photon Max, keep {KEEP_MAX}", False, 1, KEEP_MAX),
         *(Variant(f"f{k}", f"(f) all layers shared, K = {k}", True, k) for k in several),
     ]
+    return [row for v in rows for row in ((v,) if v.keep is None else (v, v.evicting))]
 
 
 @dataclass(frozen=True)
@@ -98,7 +117,7 @@ class Work:
         """Per question, of a forward pass: a backward pass is two, for every variant."""
         if phase == TOKEN:
             behind = self.text - self.answer + 1 + self.tokens / 2  # on average, as far as attention goes
-            return token_flops(config, self.shape, round(behind), variant.keep, self.before)
+            return token_flops(config, self.shape, round(behind), variant.keep, self.before, variant.early)
         text, logits = (self.text, self.answer) if phase == STEP else (self.text - self.answer, 1)
         total = forward_flops(config, self.shape, variant.questions, text, logits, variant.keep, self.before)
         return total / variant.questions
@@ -188,7 +207,7 @@ class Subject:
         """The same questions without their answers."""
         ids = self._rows(variant)[0][:, : -self.work.answer].to(self.device)
         group = torch.zeros(len(ids), dtype=torch.long, device=self.device)
-        return {"input_ids": ids, "group_index": group, **self.become(variant)}
+        return {"input_ids": ids, "group_index": group, "early_cache": variant.early, **self.become(variant)}
 
     def _rows(self, variant: Variant) -> tuple[Tensor, Tensor]:
         with torch.random.fork_rng(devices=[]):
@@ -236,12 +255,13 @@ class Found:
     """What was measured of a variant.
 
     Attributes:
-        seconds: per question (and token), by phase. peak: bytes, by phase. kept: share of the visual tokens.
-        missing: phases that the memory was too small for.
+        seconds: per question (and token), by phase. peak: bytes, by phase. cache: bytes of keys and values after the
+            prefill, per question. kept: share of the visual tokens. missing: phases that the memory was too small for.
     """
 
     seconds: dict[str, list[float]] = field(default_factory=lambda: {phase: [] for phase in PHASES})
     peak: dict[str, int] = field(default_factory=dict)
+    cache: float | None = None
     kept: float = 1.0
     missing: list[str] = field(default_factory=list)
 
@@ -254,11 +274,13 @@ class Runs:
 
     def __init__(self, subject: Subject, variant: Variant) -> None:
         self.model, self.tokens = subject.model, subject.work.tokens
+        self.trains = variant.measured_in(STEP)
         self.training, self.prompt = subject.training(variant), subject.prompt(variant)
 
     def __iter__(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """In the order in which they can run, with the model in the right mode."""
-        for phase, run in ((STEP, self.step), (PREFILL, self.prefill), (TOKEN, self.decode)):
+        steps = [(STEP, self.step)] if self.trains else []
+        for phase, run in (*steps, (PREFILL, self.prefill), (TOKEN, self.decode)):
             self.model.train(phase == STEP)
             yield phase, run
 
@@ -269,6 +291,11 @@ class Runs:
         with torch.no_grad():
             output = self.model(**self.prompt, use_cache=True)
             self.cache, self.next = output.past_key_values, output.logits.argmax(-1)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Keys and values of all questions, after a prefill; rows are padded to the longest."""
+        return sum(x.nbytes for layer in self.cache.layers for x in (layer.keys, layer.values))
 
     def decode(self) -> None:
         """After a prefill."""
@@ -308,6 +335,8 @@ def measure_memory(subject: Subject, variant: Variant) -> Found:
         peak = attempt(found, phase, partial(peak_bytes, run, device), model)
         if peak is not None:
             found.peak[phase] = peak
+    if PREFILL in found.peak:
+        found.cache = runs.cache_bytes / variant.questions
     model.zero_grad(set_to_none=True)
     return found
 
@@ -376,27 +405,31 @@ class Report:
         """Seconds, their spread, what each measure contributes, and the ratio to (a) beside the predicted one."""
         taken = self.found[variant].seconds[phase]
         if not taken:
-            return [variant.title, "out of memory", *[""] * 7]
+            return [variant.title, "out of memory", *[""] * (8 if phase == TOKEN else 7)]
         middle = statistics.median(taken)
         low, high = (statistics.quantiles(taken, n=4)[i] for i in (0, 2)) if len(taken) > 1 else (middle, middle)
         ratio, planned = self.times(phase, self._like(name="a"), variant), self.predicted(phase, variant)
         measured = [_text(x, ".2f") for x in (*self.gains(phase, variant), ratio)]
         quotient = None if ratio is None else ratio / planned
-        spread = f"{low:.3g}-{high:.3g}"
-        return [variant.title, f"{middle:.3g}", spread, *measured, f"{planned:.2f}", _text(quotient, ".2f")]
+        cells = [variant.title, f"{middle:.3g}", f"{low:.3g}-{high:.3g}", *measured, f"{planned:.2f}"]
+        cells.append(_text(quotient, ".2f"))
+        if phase == TOKEN:
+            cache = self.found[variant].cache
+            cells.append(_text(None if cache is None else cache / 1e6, ",.2f"))
+        return cells
 
     def show(self) -> None:
         """Print all tables."""
         tokens = ["visual tokens", "kept", "a question's tokens, lower layers", "upper layers"]
         header = ["", *tokens, "training MB", "of (a)", "prefill MB", "of (a)"]
-        show_table(
-            "Tokens, and peak memory of a batch above weights and gradients", header, map(self.size_row, self.chosen)
-        )
+        rows = [self.size_row(v) for v in self.chosen if v.measured_in(STEP)]
+        show_table("Tokens, and peak memory of a batch above weights and gradients", header, rows)
         factors = ["3D patch embedding", "dropping", "sharing"]
         header = ["", "s per question", "quartiles", *factors, "times as fast as (a)", "FLOPs predict", "of it"]
         for phase in PHASES:
             title = phase.capitalize() + (", K at a time" if phase == TOKEN else "")
-            show_table(title, header, [self.time_row(phase, v) for v in self.chosen])
+            own = [*header, "cache MB per question"] if phase == TOKEN else header
+            show_table(title, own, [self.time_row(phase, v) for v in self.chosen if v.measured_in(phase)])
 
     def to_json(self) -> dict[str, Any]:
         """Everything measured, with what was predicted."""
@@ -511,7 +544,7 @@ def prepare(args: argparse.Namespace) -> Subject:
         shape, config = QUICK_SHAPE, small_config(64, 4, 32, 2)
     subject = Subject(config, Work(shape, args.text, args.answer, args.before, args.tokens), device, dtype)
     if args.checkpointing:
-        subject.model.gradient_checkpointing_enable()
+        checkpoint_activations(subject.model)
     return subject
 
 
@@ -532,7 +565,7 @@ def main() -> None:
     args = arguments()
     torch.manual_seed(0)
     every = variants([1, 4] if args.quick else args.questions)
-    chosen = [v for v in every if args.variants is None or v.name in args.variants or v.name[0] in args.variants]
+    chosen = [v for v in every if args.variants is None or v.is_one_of(args.variants)]
     subject = prepare(args)
     print(heading(subject))
     if args.profile:

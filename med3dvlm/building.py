@@ -5,12 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_base import AddedToken
 
+from med3dvlm.configuration_med3dclip import Med3DCLIPConfig
 from med3dvlm.configuration_med3dvlm import Med3DVLMConfig
 from med3dvlm.features import VolumeEncoder
 from med3dvlm.lora import LoraSettings
+from med3dvlm.modeling_med3dclip import Med3DCLIPModel
 from med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
 from med3dvlm.processing_med3dvlm import Med3DVLMProcessor, image_token_id
 from med3dvlm.projectors import ProjectorSettings
@@ -44,7 +54,7 @@ def med3dvlm_from(
         ValueError: settings that cannot be, or LoRA targets that match nothing.
     """
     if isinstance(language_model, str | Path):
-        language_model = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
+        language_model = read_language_model(language_model, dtype)
     if isinstance(tokenizer, str | Path):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     add_image_token(tokenizer, language_model)
@@ -61,6 +71,48 @@ def med3dvlm_from(
     model.to(dtype)
     model.generation_config = _ending(language_model.generation_config, tokenizer)
     return model, Med3DVLMProcessor.from_config(config, tokenizer, **processing)
+
+
+def read_language_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal language model (path or hub name).
+
+    Raises:
+        ValueError: it is another kind of model, or weights are missing. OSError: it cannot be read.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"language_model: a checkpoint of {config.model_type!r}, which is no causal language model")
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        named = ", ".join(missing[:3])
+        raise ValueError(f"language_model: weights are missing ({named}); copy it again, or name a language model")
+    found: PreTrainedModel = model
+    return found
+
+
+def read_clip(folder: str | Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Med3DCLIPModel:
+    """A saved contrastive model, with changes of its configuration.
+
+    Raises:
+        ValueError: it is another model, or a weight is missing, is not expected or has another shape; but the bias may
+            be missing or too much, as CLIP has none.
+        OSError: it cannot be read.
+    """
+    _must_be(folder, Med3DCLIPConfig.model_type)
+    model, report = Med3DCLIPModel.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, **changes
+    )
+    wrong = {name: sorted(set(map(str, keys)) - {"bias"}) for name, keys in report.items()}
+    if named := "; ".join(f"{name.replace('_', ' ')}: {', '.join(keys[:3])}" for name, keys in wrong.items() if keys):
+        raise ValueError(f"the weights do not fit config.json ({named}); export the checkpoint again")
+    found: Med3DCLIPModel = model
+    return found
+
+
+def _must_be(folder: str | Path, model_type: str) -> None:
+    found = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    if found != model_type:
+        raise ValueError(f"a checkpoint of {found!r}, expected {model_type!r}; name another folder")
 
 
 def add_image_token(tokenizer: Any, language_model: PreTrainedModel | None = None) -> int:
@@ -94,9 +146,7 @@ def read_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Med3DV
         ValueError: it is another model, or a weight is missing, is not expected or has another shape.
         OSError: it cannot be read.
     """
-    found = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
-    if found != Med3DVLMConfig.model_type:
-        raise ValueError(f"a checkpoint of {found!r}, expected {Med3DVLMConfig.model_type!r}; see med3dvlm_from")
+    _must_be(folder, Med3DVLMConfig.model_type)
     return Med3DVLMForConditionalGeneration.from_pretrained(folder, dtype=dtype)
 
 

@@ -32,9 +32,7 @@ class Med3DCLIPProcessor(ProcessorMixin):
         self.max_length = max_length
         super().__init__(tokenizer)
 
-    def __call__(
-        self, volumes: Sequence[Array] | None = None, text: str | Sequence[str] | None = None
-    ) -> BatchFeature:
+    def __call__(self, volumes: Sequence[Array] | None = None, text: str | Sequence[str] | None = None) -> BatchFeature:
         """Volumes, texts or both.
 
         Args:

@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show tracebacks instead of one-line errors")
-    checkpoints = (_add_predict, _add_release, _add_convert)
+    checkpoints = (_add_predict, _add_embed, _add_retrieve, _add_release, _add_convert)
     for add in (_add_train, _add_eval, _add_plot, *checkpoints, _add_config, _add_data, _add_doctor):
         add(commands, common)
     return parser
@@ -113,9 +113,13 @@ def _add_eval(commands: "argparse._SubParsersAction", common: argparse.ArgumentP
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from mllm3d.evaluation.runner import evaluate
+    from mllm3d.registry import EMBEDDING_RECIPES
 
     config = load(args.config, args.overrides)
+    if config.recipe in EMBEDDING_RECIPES:
+        from mllm3d.evaluation.retrieval_run import evaluate
+    else:
+        from mllm3d.evaluation.runner import evaluate  # type: ignore[assignment]
     evaluate(config, args.checkpoint, device=args.device)
     return 0
 
@@ -172,27 +176,75 @@ def _predict(args: argparse.Namespace) -> int:
     return predict_command(args)
 
 
+def _add_embed(commands: "argparse._SubParsersAction", common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser("embed", parents=[common], help="make an index of volumes and reports to search")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="of med3dvlm.contrastive: folder, run, or RUN/checkpoints/step_N"
+    )
+    parser.add_argument("--manifest", type=Path, required=True, help="JSON Lines file; reports are its rows' report")
+    parser.add_argument("--split", required=True, help="value of split whose volumes are embedded")
+    parser.add_argument("--out", metavar="INDEX", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--where", metavar="KEY=VALUE", action="append", help="only such rows, as data.where; may be repeated"
+    )
+    parser.add_argument(
+        "--cache", type=Path, help="folder of preprocessed volumes; default: .cache beside the manifest"
+    )
+    parser.add_argument("--device", help="for example cuda:1 or cpu; default: a GPU where there is one")
+    parser.set_defaults(command=_embed)
+
+
+def _embed(args: argparse.Namespace) -> int:
+    from mllm3d.evaluation.retrieve import embed_command
+
+    return embed_command(args)
+
+
+def _add_retrieve(commands: "argparse._SubParsersAction", common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser("retrieve", parents=[common], help="find volumes or reports by a text or a scan")
+    parser.add_argument("--index", type=Path, required=True, help="folder that mllm3d embed wrote")
+    query = parser.add_mutually_exclusive_group(required=True)
+    query.add_argument("--text", help="what to look for, worded as in a report")
+    query.add_argument("--volume", type=Path, help="a scan to look for the like of: any format that predict takes")
+    parser.add_argument("--checkpoint", type=Path, help="default: the one that the index was made with")
+    parser.add_argument("-k", type=int, default=5, help="how many to show")
+    parser.add_argument(
+        "--among", choices=("image", "text"), default="image", help="compare with the volumes, or with their reports"
+    )
+    parser.add_argument("--modality", choices=("ct", "mr"), default="ct", help="how intensities of --volume are scaled")
+    parser.add_argument("--device", help="for example cuda:1 or cpu; default: a GPU where there is one")
+    parser.add_argument("--json", action="store_true", help="print everything, with whole reports")
+    parser.set_defaults(command=_retrieve)
+
+
+def _retrieve(args: argparse.Namespace) -> int:
+    from mllm3d.evaluation.retrieve import retrieve_command
+
+    return retrieve_command(args)
+
+
 def _add_release(commands: "argparse._SubParsersAction", common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser("release", parents=[common], help="export a run's checkpoint for others")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--checkpoint", default="latest", help="latest, best or a step's number")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is there")
+    parser.add_argument("--merge-lora", action="store_true", help="add adapters to the weights that they adapt")
     parser.set_defaults(command=_release)
 
 
 def _release(args: argparse.Namespace) -> int:
     from mllm3d.release.export import release
 
-    release(args.run, args.out, args.checkpoint, args.overwrite)
+    release(args.run, args.out, args.checkpoint, args.overwrite, args.merge_lora)
     return 0
 
 
 def _add_convert(commands: "argparse._SubParsersAction", common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser("convert", parents=[common], help="convert a published checkpoint, or back to one")
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--from", dest="origin", metavar="NAME", help="whose checkpoint SRC is: photon")
-    direction.add_argument("--to", dest="target", metavar="NAME", help="whose format DST shall have: photon")
+    direction.add_argument("--from", dest="origin", metavar="NAME", help="whose checkpoint SRC is: photon or med3dvlm")
+    direction.add_argument("--to", dest="target", metavar="NAME", help="format of DST: photon or med3dvlm")
     parser.add_argument("source", metavar="SRC", type=Path, help="folder to read; with --to also a run or its step")
     parser.add_argument("out", metavar="DST", type=Path, help="folder to write; must not exist or be empty")
     parser.set_defaults(command=_convert)

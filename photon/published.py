@@ -10,7 +10,7 @@ Legend: V width of the vision tower, d h w voxels of a patch, P width of the thr
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,12 +62,14 @@ class Conversion:
         names: weight of the source -> its name afterwards; None where nothing there has a place for it.
         shapes: by the name afterwards; the numbers keep their order.
         equal: pairs of the source's weights that must be equal, because the model ties them.
+        volume: how volumes are prepared, where that is not as the preset says.
     """
 
     config: str
     names: dict[str, str | None]
     shapes: dict[str, Shape]
     equal: tuple[tuple[str, str], ...] = ()
+    volume: dict[str, Any] = field(default_factory=dict)
 
 
 def published_name(key: str, layers: Sequence[int]) -> str:

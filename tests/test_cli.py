@@ -81,7 +81,7 @@ def test_eval_and_release_pass_on_what_was_asked(rooms):
     (args, options) = rooms["evaluate"][0]
     assert args[1] == Path("runs/x") and options == {"device": "cpu"}
     assert cli.main(["release", "runs/x", "out", "--checkpoint", "best", "--overwrite"]) == 0
-    assert rooms["release"][0][0] == (Path("runs/x"), Path("out"), "best", True)
+    assert rooms["release"][0][0] == (Path("runs/x"), Path("out"), "best", True, False)
 
 
 @pytest.mark.parametrize("program", ["train.py", "eval.py"])
@@ -109,7 +109,8 @@ def test_help_and_wrong_configs_need_no_heavy_library():
 
 
 def test_every_command_has_help(capsys):
-    for command in (["train"], ["eval"], ["predict"], ["release"], ["config"], ["data", "check"], ["doctor"]):
+    checkpoints = (["predict"], ["embed"], ["retrieve"], ["release"], ["convert"])
+    for command in (["train"], ["eval"], *checkpoints, ["config"], ["data", "check"], ["doctor"]):
         with pytest.raises(SystemExit) as left:
             cli.main([*command, "--help"])
         assert left.value.code == 0

@@ -78,6 +78,7 @@ def world(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "activate").touch()
     (folder / "model.py").write_text(START)
+    (folder / "contrastive.py").write_text(CONTRASTIVE)
     shell.run(SETUP, folder)
     return folder
 
@@ -95,6 +96,13 @@ PhotonForConditionalGeneration(config).save_pretrained("runs/quickstart/phase1")
 PhotonProcessor.from_config(config, tokenizer).save_pretrained("runs/quickstart/phase1")
 """
 
+CONTRASTIVE = """\
+from pathlib import Path
+from tests.evaluation.tiny_retrieval import save_run
+
+save_run(Path("runs/quickstart_med3dvlm/contrastive"))
+"""
+
 SETUP = """\
 python data/phantom/prepare.py --out runs/quickstart/data --cases 16 --seed 0 --tasks existence --priors 0 \
     --shape 28,56,56 --splits 0.7,0,0.3 --workers 1
@@ -106,7 +114,12 @@ mllm3d release runs/quickstart/phase2 runs/quickstart/release
 cp -r runs/quickstart/phase2 runs/photon_phase2
 cp runs/quickstart/data/volumes/case_01199.nii.gz CT.nii.gz
 cp CT.nii.gz CT_earlier.nii.gz
+python data/phantom/prepare.py --out runs/quickstart_med3dvlm/data --cases 8 --seed 0 --tasks report --priors 0 \
+    --shape 28,56,56 --splits 0.5,0,0.5 --workers 1
+python contrastive.py
 mkdir datasets my_data
+cp runs/quickstart_med3dvlm/data/manifest.jsonl my_data/manifest.jsonl
+printf 'VolumeName,Cardiomegaly\\ncase_00000.nii.gz,1\\ncase_00001.nii.gz,0\\n' > my_data/labels.csv
 ln -s ../runs/quickstart/data datasets/3d_rad
 ln -s ../runs/quickstart/data/volumes my_data/volumes
 {

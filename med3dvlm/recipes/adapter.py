@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from med3dvlm.building import read_model, read_processor
+from med3dvlm.building import read_clip, read_model, read_processor
 from med3dvlm.configuration_med3dvlm import Med3DVLMConfig
 from med3dvlm.lora import merge_lora
 from med3dvlm.modeling_med3dclip import Med3DCLIPModel
@@ -117,7 +117,7 @@ class Med3DCLIPAdapter:
         """Strict: weights that do not fit raise `UserError`."""
         try:
             with without_bars():
-                model = Med3DCLIPModel.from_pretrained(directory, dtype=dtype)
+                model = read_clip(directory, dtype)
             processor: Any = Med3DCLIPProcessor.from_pretrained(directory)
         except (OSError, ValueError) as error:
             raise UserError(f"{directory}: {' '.join(str(error).split())}") from error

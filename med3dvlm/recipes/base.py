@@ -39,6 +39,11 @@ class Med3DRecipe(Recipe):
         if (volume.mean, volume.std) != (0.0, 1.0):
             raise UserError("volume.mean, volume.std: Med3DVLM's encoders read values in [0, 1]; set them to 0 and 1")
 
+    @property
+    def settings(self) -> Any:
+        """The config's `model` section."""
+        return self.config.model
+
     def must_read(self, encoder: VolumeEncoder) -> None:
         """A trained encoder has to be made for volumes as they are prepared."""
         if tuple(encoder.size) != tuple(self.config.volume.shape or ()):
@@ -57,6 +62,16 @@ class Med3DRecipe(Recipe):
 
     def save(self, module: nn.Module, state_dict: dict[str, Tensor] | None, directory: Path) -> None:
         save_pretrained(module, self.processor, state_dict, directory)
+
+    @contextmanager
+    def under(self, key: str) -> Iterator[None]:
+        """What goes wrong is a matter of this setting, unless the error begins with another setting's name."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            text = " ".join(str(error).split())
+            named = text.partition(":")[0] in type(self.settings).model_fields
+            raise UserError(f"model.{text}" if named else f"{key}: {text}") from error
 
     @contextmanager
     def naming(self, items: Sequence[GroupItem]) -> Iterator[None]:

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer
 
+from med3dvlm.building import read_clip
 from med3dvlm.configuration_med3dclip import Med3DCLIPConfig
 from med3dvlm.contrastive import ContrastiveSettings as LossSettings
 from med3dvlm.contrastive import Loss, Start, contrastive_sum
@@ -20,7 +21,7 @@ from mllm3d.data.dataset import GroupItem
 from mllm3d.data.manifest import Row
 from mllm3d.errors import UserError
 from mllm3d.inference.checkpoint import source_folder
-from mllm3d.training.huggingface import without_bars, without_reports
+from mllm3d.training.huggingface import without_reports
 from mllm3d.training.recipe import Batch, Description, StepOutput, Term
 
 
@@ -75,22 +76,21 @@ class Contrastive(Med3DRecipe):
 
     def build(self, meta: bool = False) -> nn.Module:
         s = self.settings
-        key = "text_encoder" if s.checkpoint is None else "checkpoint"
-        try:
+        key = "model.text_encoder" if s.checkpoint is None else "model.checkpoint"
+        with self.under(key):
             if meta:
                 with torch.device("meta"):
                     return Med3DCLIPModel(self._planned())
-            folder = source_folder(getattr(s, key), f"model.{key}")
+            folder = source_folder(s.text_encoder if s.checkpoint is None else s.checkpoint, key)
             if s.checkpoint is None:
+                _must_be_encoder(folder)
                 with without_reports():
                     model = Med3DCLIPModel.from_text_encoder(folder, **self._changes())
             else:
-                with without_bars():
-                    model = Med3DCLIPModel.from_pretrained(folder, contrastive=s.of_loss())
+                with without_reports():
+                    model = read_clip(folder, contrastive=s.of_loss())
                 self.must_read(model.vision_encoder)
             tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise UserError(f"model.{key}: {' '.join(str(error).split())}") from error
         self.processor = Med3DCLIPProcessor(tokenizer, self.encoder_spec(s.encoder)["size"], s.text_tokens)
         return model
 
@@ -147,3 +147,10 @@ class Contrastive(Med3DRecipe):
         text = torch.zeros(1, self.settings.text_tokens, dtype=torch.long, device="meta")
         flops = encoder_flops(model.vision_encoder) + counted_flops(model.language_encoder, text)
         return Description(tokens_per_volume=model.vision_encoder.high_shape[0], flops_per_volume=3 * flops)
+
+
+def _must_be_encoder(folder: str) -> None:
+    """Raises ValueError for what is no model of the transformers library; whether it is an encoder shows later."""
+    config = AutoConfig.from_pretrained(folder)
+    if type(config) not in MODEL_MAPPING or isinstance(config, Med3DCLIPConfig):
+        raise ValueError(f"{folder}: a checkpoint of {config.model_type!r}, which is no text encoder; name one")

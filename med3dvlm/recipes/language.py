@@ -10,12 +10,11 @@ from pydantic import Field, Strict
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from med3dvlm.building import med3dvlm_from, read_model, read_processor
+from med3dvlm.building import med3dvlm_from, read_clip, read_model, read_processor
 from med3dvlm.configuration_med3dclip import Med3DCLIPConfig
 from med3dvlm.configuration_med3dvlm import Med3DVLMConfig
 from med3dvlm.features import VolumeEncoder
 from med3dvlm.lora import LoraSettings, add_lora
-from med3dvlm.modeling_med3dclip import Med3DCLIPModel
 from med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
 from med3dvlm.processing_med3dvlm import PromptStyle, VolumeTexts, with_choices
 from med3dvlm.projectors import ProjectorSettings
@@ -50,7 +49,8 @@ class ProjectorStage(LanguageSettings):
     """Stage 2 (Med3DVLM Sec. 3.4): the projector learns, between frozen models."""
 
     encoder: EncoderSpec = Field(
-        description="A run of med3dvlm.contrastive; or an encoder's name or mapping, for one with random weights."
+        description="A run of med3dvlm.contrastive; or an encoder's name or mapping, for one with random weights. "
+        "--dry-run plans with the paper's encoder until the run is there."
     )
     language_model: str = Field(
         default="Qwen/Qwen2.5-7B-Instruct", description="Any causal language model: a folder or a hub name."
@@ -76,7 +76,10 @@ class LoraConfig(Settings):
 class FinetuneStage(LanguageSettings):
     """Stage 3 (Med3DVLM Sec. 3.4): projector and adapters learn."""
 
-    checkpoint: str = Field(description="A run of med3dvlm.projector, or any Med3DVLM checkpoint.")
+    checkpoint: str = Field(
+        description="A run of med3dvlm.projector, or any Med3DVLM checkpoint. --dry-run plans with the paper's shapes "
+        "until it is there."
+    )
     train: Parts = Field(default=("projector", "lora"), description="Parts that learn; all others are frozen.")
     lora: LoraConfig | None = Field(default=LoraConfig(), description="None: no adapters.")
 
@@ -161,6 +164,10 @@ class LanguageRecipe(Med3DRecipe):
 
     def finish(self, model: Med3DVLMForConditionalGeneration) -> Med3DVLMForConditionalGeneration:
         """Freeze what does not learn, and keep the encoder's own copy for the features of volumes."""
+        if "lora" in self.language_settings.train and model.config.lora is None:
+            raise UserError(
+                "model.train: lora: the model has no adapters; set model.lora (med3dvlm.finetune), or leave lora out"
+            )
         try:
             model.set_trainable(*self.language_settings.train)
         except ValueError as error:
@@ -192,14 +199,11 @@ class ProjectorRecipe(LanguageRecipe):
         s = self.settings
         encoder = self.trained_encoder()
         folder = source_folder(s.language_model, "model.language_model")
-        try:
-            with without_reports():
-                model, self.processor = med3dvlm_from(
-                    encoder, folder, folder, s.projector, s.mixed_tokens, s.splice,
-                    max_length=s.max_length, prompt_style=s.prompt_style,
-                )  # fmt: skip
-        except (OSError, ValueError) as error:
-            raise UserError(f"model: {' '.join(str(error).split())}") from error
+        with self.under("model"), without_reports():
+            model, self.processor = med3dvlm_from(
+                encoder, folder, folder, s.projector, s.mixed_tokens, s.splice,
+                max_length=s.max_length, prompt_style=s.prompt_style,
+            )  # fmt: skip
         return self.finish(model)
 
     def trained_encoder(self) -> VolumeEncoder:
@@ -207,11 +211,8 @@ class ProjectorRecipe(LanguageRecipe):
         source = self.settings.encoder
         if isinstance(source, dict) or not _is_run(source):
             return self.fresh_encoder(source)
-        try:
-            with without_bars():
-                found = Med3DCLIPModel.from_pretrained(source_folder(source, "model.encoder")).vision_encoder
-        except (OSError, ValueError) as error:
-            raise UserError(f"model.encoder: {source}: {' '.join(str(error).split())}") from error
+        with self.under(f"model.encoder: {source}"), without_reports():
+            found = read_clip(source_folder(source, "model.encoder")).vision_encoder
         self.must_read(found)
         return found
 
@@ -220,17 +221,17 @@ class ProjectorRecipe(LanguageRecipe):
         s = self.settings
         spec = s.encoder
         if isinstance(spec, str) and _is_run(spec):
-            trained = Med3DCLIPConfig.from_pretrained(source_folder(spec, "model.encoder"))
+            trained = Med3DCLIPConfig()  # the paper's, until the run is there
+            if Path(spec).is_dir():
+                trained = Med3DCLIPConfig.from_pretrained(source_folder(spec, "model.encoder"))
             spec = dict(trained.encoder or {})
         with torch.device("meta"):
             encoder = self.fresh_encoder(spec)
         text: PreTrainedConfig | None = None  # Qwen2.5-7B
         if Path(s.language_model).is_dir():
             text = AutoConfig.from_pretrained(source_folder(s.language_model, "model.language_model"))
-        try:
+        with self.under("model"):
             settings = ProjectorSettings(s.projector, encoder.low_shape, encoder.high_shape, s.mixed_tokens)
-        except ValueError as error:
-            raise UserError(f"model.{error}") from error
         return Med3DVLMConfig(text_config=text, encoder_config=encoder.spec, projector_config=settings.to_dict())
 
 
@@ -245,26 +246,28 @@ class Finetune(LanguageRecipe):
 
     def build(self, meta: bool = False) -> nn.Module:
         s = self.settings
+        if meta:
+            with self.under(f"model.checkpoint: {s.checkpoint}"), torch.device("meta"):
+                return self.finish(Med3DVLMForConditionalGeneration(self._planned()))
         folder = source_folder(s.checkpoint)
-        try:
-            if meta:
-                config = Med3DVLMConfig.from_pretrained(folder)
-                config.lora = config.lora or (None if s.lora is None else s.lora.model_dump())
-                with torch.device("meta"):
-                    return self.finish(Med3DVLMForConditionalGeneration(config))
+        with self.under(f"model.checkpoint: {s.checkpoint}"):
             with without_bars():
                 model = read_model(folder)
             self.processor = read_processor(folder, model.config)
-        except (OSError, ValueError) as error:
-            raise UserError(f"model.checkpoint: {s.checkpoint}: {' '.join(str(error).split())}") from error
         self.must_read(model.encoder)
         self.processor.max_length, self.processor.prompt_style = s.max_length, s.prompt_style
         if s.lora is not None and model.config.lora is None:
-            try:
+            with self.under("model"):
                 add_lora(model, LoraSettings(**s.lora.model_dump()))
-            except ValueError as error:
-                raise UserError(f"model.{error}") from error
         return self.finish(model)
+
+    def _planned(self) -> Med3DVLMConfig:
+        """Configuration for planning; the checkpoint need not be at hand."""
+        s, config = self.settings, Med3DVLMConfig()
+        if Path(s.checkpoint).is_dir():
+            config = Med3DVLMConfig.from_pretrained(source_folder(s.checkpoint))
+        config.lora = config.lora or (None if s.lora is None else s.lora.model_dump())
+        return config
 
 
 def _is_run(source: str) -> bool:

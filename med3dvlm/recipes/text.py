@@ -5,11 +5,11 @@ their answers, without having seen a volume. Both learn from the training split 
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -47,6 +47,12 @@ class TextSettings(Settings):
     mlp: int = Field(default=384, gt=0, description="Hidden width of the feed-forward parts.")
     max_length: int = Field(default=384, gt=0, description="Tokens of a text; longer ones lose their end.")
 
+    @model_validator(mode="after")
+    def _heads_are_even(self) -> Self:
+        if self.hidden_size % (2 * self.heads):  # rotary positions turn pairs
+            raise ValueError(f"hidden_size: {self.hidden_size} is not {self.heads} heads times an even number")
+        return self
+
 
 class Text(Recipe):
     """`med3dvlm.text`."""
@@ -61,7 +67,9 @@ class Text(Recipe):
 
     def check_rows(self, rows: Sequence[Row]) -> None:
         super().check_rows(rows)
-        if self.settings.kind == "encoder" and (row := next((row for row in rows if not (row.report or "").strip()), None)):
+        if self.settings.kind == "encoder" and (
+            row := next((row for row in rows if not (row.report or "").strip()), None)
+        ):
             raise UserError(f"row {row.id}: report: is missing; choose rows that have one with data.where")
 
     def build(self, meta: bool = False) -> nn.Module:
@@ -163,11 +171,22 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def word_pieces(texts: Iterable[str], size: int, max_length: int) -> PreTrainedTokenizerFast:
     """BERT's tokenizer, trained on these texts; their order does not matter."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    core = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    core.normalizer = normalizers.BertNormalizer(lowercase=True)
-    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    core.decoder = decoders.WordPiece()
-    core.train_from_iterator(sorted(texts), trainers.WordPieceTrainer(vocab_size=size, special_tokens=special))
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+
+    def piece_tokenizer(vocabulary: dict[str, int] | None = None) -> Tokenizer:
+        core = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+        core.normalizer, core.pre_tokenizer, core.decoder = normalizer, splitter, decoders.WordPiece()
+        return core
+
+    texts = sorted(texts)
+    words = (word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    # The library numbers letters within words in a random order, and what is as frequent follows their numbers: ranks
+    # and resumed runs would have other tokenizers. As special tokens they have an order.
+    within = sorted({f"##{letter}" for word in words for letter in word[1:]})
+    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=[*special, *within], show_progress=False)
+    trained = piece_tokenizer()
+    trained.train_from_iterator(texts, trainer)
+    core = piece_tokenizer(trained.get_vocab())
     end, start = ((token, special.index(token)) for token in ("[SEP]", "[CLS]"))
     core.post_processor = processors.BertProcessing(end, start)
     return PreTrainedTokenizerFast(

@@ -243,6 +243,20 @@ class EvaluationConfig(Settings):
         le=1,
         description="Share of a token's voxels that an organ or finding must fill to be in it; 0: any voxel.",
     )
+    zero_shot: dict[str, dict[Literal["present", "absent"], list[str]]] = Field(
+        default_factory=dict,
+        description="Of contrastive models: finding -> present and absent, prompts that say it is there or not.",
+    )
+
+    @field_validator("zero_shot")
+    @classmethod
+    def _has_both_prompts(cls, value: dict[str, dict[str, list[str]]]) -> dict[str, dict[str, list[str]]]:
+        for finding, prompts in value.items():
+            for side in ("present", "absent"):
+                given = prompts.get(side)
+                if not given or not all(text.strip() for text in given):
+                    raise ValueError(f"{finding}: {side}: one prompt or several are needed, none of them empty")
+        return value
 
 
 class EstimateConfig(Settings):

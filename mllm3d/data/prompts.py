@@ -9,9 +9,13 @@ from mllm3d.data.manifest import Row
 
 def question_text(row: Row) -> str:
     """The question, with one line per option: `A. first`."""
-    if row.options is None:
-        return row.question
-    return "\n".join([row.question, *(choice_text(row.options, index) for index in range(len(row.options)))])
+    return with_options(row.question, row.options)
+
+
+def with_options(question: str, options: Sequence[str] | None) -> str:
+    """As `question_text`."""
+    choices = options or ()
+    return "\n".join([question, *(choice_text(choices, index) for index in range(len(choices)))])
 
 
 def target_text(row: Row) -> str:

@@ -69,9 +69,13 @@ def summary(retention: Retention) -> list[str]:
 
 
 def _tasks(found: ModeRetention) -> tuple[list[str], list[list[str]]]:
-    """A row per task; a column per organ with the mean tokens kept for questions about it."""
+    """A row per task; a column per organ with the mean tokens kept for questions about it, and of the organ itself."""
     organs = sorted({each.organ for each in found.tasks if each.organ is not None})
-    tokens = {(each.task, each.organ): f"{each.tokens:.1f}" for each in found.tasks}
+    tokens = {
+        (each.task, each.organ): f"{each.tokens:.1f}"
+        + ("" if each.organ_tokens is None else f" ({each.organ_tokens:.1f})")
+        for each in found.tasks
+    }
     rows = [
         [each.task, str(each.questions), f"{each.tokens:.1f}", f"{each.keep_rate:.3f}"]
         + [tokens.get((each.task, organ), "-") for organ in organs]
@@ -97,7 +101,10 @@ def _region(each: Coverage) -> list[str]:
 def _legend(retention: Retention, found: ModeRetention) -> list[str]:
     lines = []
     if any(each.organ is not None for each in found.tasks):
-        lines.append("columns of organs: mean tokens kept for the task's questions about the organ")
+        lines.append(
+            "columns of organs: mean tokens kept for the task's questions about the organ; in brackets, over volumes "
+            "whose label map shows it, those of them that hold the organ"
+        )
     if found.dissimilarity:
         lines.append("Jaccard dissimilarity: 1 - |A and B| / |A or B| of the tokens kept for two questions of a volume")
     if found.coverage:

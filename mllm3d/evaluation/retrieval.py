@@ -316,9 +316,7 @@ def check_identity(folder: Path, stored: Identity, asking: Identity) -> None:
     # In the order in which a difference explains the most.
     if stored.width != asking.width:
         what = f"its embeddings have width {stored.width}, the model's {asking.width}"
-    elif stored.volume != asking.volume:
-        mine, theirs = stored.volume.model_dump(), asking.volume.model_dump()
-        keys = [key for key in mine if mine[key] != theirs[key]]
+    elif keys := _differing(stored.volume, asking.volume):
         what = f"its volumes were prepared otherwise: {', '.join(keys)}"
     elif stored.model != asking.model:
         what = "the weights or settings differ"
@@ -328,6 +326,12 @@ def check_identity(folder: Path, stored: Identity, asking: Identity) -> None:
         f"{folder}: an index of another model ({stored.name}, not {asking.name}: {what}); "
         f"make the index again, or ask with {stored.name}"
     )
+
+
+def _differing(one: VolumeConfig, other: VolumeConfig) -> list[str]:
+    """Settings that differ; a preset is only a name for the others."""
+    mine, theirs = (volume.model_dump(exclude={"preset"}) for volume in (one, other))
+    return [key for key in mine if mine[key] != theirs[key]]
 
 
 def _first(error: Exception) -> str:

@@ -20,7 +20,6 @@ from mllm3d.data.cache import VolumeCache
 from mllm3d.data.dataset import load_pixels
 from mllm3d.data.manifest import Row, Study, read_manifest, select, volume_path
 from mllm3d.data.preprocess import Prepared
-from mllm3d.data.prompts import question_text
 from mllm3d.errors import UserError
 from mllm3d.evaluation.masks import KeptTokens, pack_kept
 from mllm3d.evaluation.predictions import Sample, append, read
@@ -202,7 +201,7 @@ def _answer(
     start = time.perf_counter()
     answers = predictor.answer(
         shown.volumes,
-        [question_text(row) for row in rows],
+        [predictor.wording(row.question, row.options) for row in rows],
         model_mode,
         config.evaluation.max_new_tokens,
         config.run.seed,

@@ -56,13 +56,19 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 
 
 def print_table(results: Results) -> None:
-    """The same on the terminal, at least WIDTH columns wide: a table with cut names says nothing."""
+    """The same on the terminal."""
+    print_rows(*cells(results))
+    for text in footer(results):
+        print(text)
+
+
+def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on the terminal, at least WIDTH columns wide: one with cut names says nothing."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    header, rows = cells(results)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for number, name in enumerate(header):
         if number:  # figures and words stay whole, a heading of several words may be broken
@@ -75,8 +81,6 @@ def print_table(results: Results) -> None:
     console = Console()
     console.width = max(console.width, WIDTH)
     console.print(table)
-    for text in footer(results):
-        print(text)
 
 
 def write_results(results: Results, folder: Path) -> None:

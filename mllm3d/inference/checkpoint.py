@@ -50,7 +50,10 @@ def source_folder(source: str, key: str = "model.checkpoint") -> str:
     if not path.exists() and not on_hub:
         raise UserError(f"{key}: {source}: no such folder; name a model folder, a run or a hub name")
     within = path.is_dir() and not (path / "config.json").is_file()
-    return str(open_checkpoint(path).model) if within else source
+    try:
+        return str(open_checkpoint(path).model) if within else source
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

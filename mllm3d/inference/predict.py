@@ -86,7 +86,13 @@ def predict(
     frames = [read_image(path) for path in images], [] if video is None else [read_video(video)]
     predictor = Predictor.load(checkpoint, device)
     prepared = [predictor.prepare(scan, modality.upper()) for scan in scans]
-    answer = predictor.answer(prepared, [question], mode, max_new_tokens, images=frames[0], videos=frames[1])[0]
+    asked = [predictor.wording(question)]
+    answer = predictor.answer(prepared, asked, mode, max_new_tokens, images=frames[0], videos=frames[1])[0]
+    if answer.kept is None and (pictures or masks):
+        raise UserError(
+            f"{'--evidence' if pictures else '--evidence-nifti'}: {predictor.checkpoint.name}: a model of type "
+            f"{predictor.checkpoint.model_type} does not say which tokens it kept; leave it out"
+        )
     tokens: list[Tokens] = []
     if pictures or masks or (pixel_paths and answer.kept is not None):
         boxes = predictor.boxes([item.array.shape for item in prepared], *frames)

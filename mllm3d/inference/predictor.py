@@ -1,7 +1,7 @@
 """Volume and question in, answer out: the same preprocessing and the same model code as in training."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -10,6 +10,7 @@ import numpy as np
 
 from mllm3d.config import VolumeConfig
 from mllm3d.data.preprocess import Prepared, for_modality, prepare
+from mllm3d.data.prompts import with_options
 from mllm3d.data.volumes import Volume, read_volume
 from mllm3d.errors import UserError
 from mllm3d.inference.adapter import Adapter, Mode, RawAnswer
@@ -99,8 +100,13 @@ class Predictor:
         raw = self.adapter.answer(arrays, list(questions), mode, max_new_tokens, seed, **pixels)
         return [Answer(**vars(item)) for item in raw]
 
-    def _must_take_pixels(self) -> None:
+    def wording(self, question: str, options: Sequence[str] | None = None) -> str:
+        """A question with its options as the model was trained to read it."""
         # An adapter need not derive from the protocol.
+        of_model: Callable[..., str] = getattr(self.adapter, "wording", with_options)
+        return of_model(question, options)
+
+    def _must_take_pixels(self) -> None:
         if not getattr(self.adapter, "takes_pixels", False):
             raise UserError(
                 f"{self.checkpoint.name}: a model of type {self.checkpoint.model_type} takes volumes, "

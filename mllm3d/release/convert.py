@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 
@@ -35,7 +35,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PUBLISHED, EXTRAS = "published", "extras.safetensors"
 CONFIG, TEMPLATE, OLD_TEMPLATE = "config.json", "chat_template.jinja", "chat_template.json"
 CARRIED = (
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"),
     *("special_tokens_map.json", TEMPLATE, "generation_config.json"),
 )
 """Files that mean the same in both formats."""
@@ -53,12 +53,14 @@ class Conversion(Protocol):
     names: weight of the source -> its name afterwards; None where the new format has no place for it.
     shapes: by the name afterwards; the numbers keep their order.
     equal: pairs of the source's weights that the model ties, so they must be equal.
+    volume: how volumes are prepared, where that is not as the preset says.
     """
 
     config: str
     names: dict[str, str | None]
     shapes: dict[str, Shape]
     equal: tuple[tuple[str, str], ...]
+    volume: dict[str, Any]
 
 
 class Converter(Protocol):
@@ -124,7 +126,7 @@ def convert_from(name: str, source: Path, out: Path) -> Path:
         (folder / CONFIG).write_text(conversion.config, encoding="utf-8")
         _copy([path for path in kept if path.name in CARRIED], folder)
         _modern_template(source, folder)
-        volume = VolumeConfig.model_validate({"preset": converter.volume_preset})
+        volume = VolumeConfig.model_validate({"preset": converter.volume_preset, **conversion.volume})
         (folder / PREPROCESSING).write_text(volume.model_dump_json(indent=2) + "\n", encoding="utf-8")
         with _one_line(source):
             converter.complete(folder)
@@ -227,7 +229,7 @@ def _no_weights(folder: Path) -> str:
     if pickles:
         return (
             f"{folder}: only pickles ({listed(pickles)}), which can run code when loaded and so are never read; "
-            "download the safetensors files"
+            "download the safetensors files, or convert the pickle on a machine that you trust (docs/convert.md)"
         )
     return f"{folder}: no weights ({WEIGHTS} or {INDEX}) in it; download the checkpoint again"
 

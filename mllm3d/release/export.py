@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from mllm3d.errors import UserError
-from mllm3d.registry import adapter_class
+from mllm3d.registry import EMBEDDERS, adapter_class, embedder_class
 from mllm3d.release.card import write_card
 from mllm3d.rundirs import newest_step, saved_steps
 
@@ -15,12 +17,15 @@ PREPROCESSING = "preprocessing.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
-def release(run: Path, out: Path, checkpoint: str = "latest", overwrite: bool = False) -> Path:
+def release(
+    run: Path, out: Path, checkpoint: str = "latest", overwrite: bool = False, merge_lora: bool = False
+) -> Path:
     """Write `out`: safetensors, config, processor, preprocessing, results and a model card of a checkpoint.
 
-    checkpoint: `latest`, `best`, or a step's number. The folder is made beside `out`, loaded once on the CPU
-    with every weight accounted for, and only then renamed. Raises `UserError` if `out` exists (and
-    `overwrite` is false), a file is missing, or one is a pickle. Returns `out`.
+    checkpoint: `latest`, `best`, or a step's number. merge_lora: add adapters to the weights that they adapt. The
+    folder is made beside `out`, loaded once on the CPU with every weight accounted for, and only then renamed. Raises
+    `UserError` if `out` exists (and `overwrite` is false), a file is missing, one is a pickle, or there are no adapters
+    to merge. Returns `out`.
     """
     if not run.is_dir():
         raise UserError(f"{run}: no such run folder")
@@ -28,7 +33,9 @@ def release(run: Path, out: Path, checkpoint: str = "latest", overwrite: bool = 
     step = find_step(run, checkpoint)
     temporary = out.absolute().parent / f".{out.name}.{os.getpid()}.tmp"
     try:
-        _copy(step / "model", run, temporary)
+        with TemporaryDirectory(prefix=f".{out.name}.", dir=temporary.parent) as merged:
+            model = _merged(step / "model", Path(merged)) if merge_lora else step / "model"
+            _copy(model, run, temporary)
         write_card(run, step, temporary)
         verify(temporary)
         _replace(temporary, out)
@@ -73,8 +80,22 @@ def verify(folder: Path) -> None:
     """Load the folder on the CPU as a user would; a missing or unexpected weight is an error there."""
     import torch
 
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    adapter_class(model_type).load(folder, torch.device("cpu"), torch.float32)
+    _class_of(folder).load(folder, torch.device("cpu"), torch.float32)
+
+
+def _class_of(model: Path) -> Any:
+    """What loads a model folder: an adapter, or an embedder."""
+    model_type = json.loads((model / "config.json").read_text(encoding="utf-8"))["model_type"]
+    return embedder_class(model_type) if model_type in EMBEDDERS else adapter_class(model_type)
+
+
+def _merged(model: Path, folder: Path) -> Path:
+    """The model without adapters, in an empty folder."""
+    save = getattr(_class_of(model), "save_merged", None)
+    if save is None:
+        raise UserError(f"--merge-lora: {model}: its kind of model has no adapters; leave it out")
+    save(model, folder)
+    return folder
 
 
 def _check_target(out: Path, overwrite: bool) -> None:

@@ -11,7 +11,7 @@ from mllm3d.data.features import FeatureCache
 from mllm3d.data.manifest import Row, volume_path
 from mllm3d.data.preprocess import for_modality
 from mllm3d.training.distributed import World
-from mllm3d.training.recipe import Recipe
+from mllm3d.training.recipe import FrozenEncoder, Recipe
 
 
 def with_features(reader: Reader, recipe: Recipe, world: World, rows: Sequence[Row], half: bool) -> Reader:
@@ -23,11 +23,20 @@ def with_features(reader: Reader, recipe: Recipe, world: World, rows: Sequence[R
         encoder = recipe.frozen_encoder()
     if encoder is None:
         return reader
+    # Training draws the same numbers whether features were there already or not.
+    with torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
+        return replace(reader, features=_completed(encoder, reader, world, rows, half))
+
+
+def _completed(encoder: FrozenEncoder, reader: Reader, world: World, rows: Sequence[Row], half: bool) -> FeatureCache:
+    """The cache, with the features of all the rows' volumes."""
     dtype = torch.bfloat16 if half else torch.float32
     module = encoder.module.to(world.device, dtype).eval()
     features = FeatureCache(reader.cache, f"{encoder.identity}-{dtype}")
-    volumes = dict.fromkeys((row.volume, row.modality) for row in rows if row.volume is not None)
-    wanted = [(volume_path(reader.root, path), for_modality(reader.config, kind)) for path, kind in volumes]
+    scans = ((path, row.modality) for row in rows for path in (row.prior, row.volume) if path is not None)
+    wanted = [
+        (volume_path(reader.root, path), for_modality(reader.config, kind)) for path, kind in dict.fromkeys(scans)
+    ]
     with world.together():  # each rank looks at its share alone, so that no rank waits for another's disk
         missing = [pair for pair in wanted[world.rank :: world.size] if not features.has(*pair)]
         bar = tqdm(missing, desc="frozen features", unit="volume", disable=not (world.is_main and missing))
@@ -35,4 +44,4 @@ def with_features(reader: Reader, recipe: Recipe, world: World, rows: Sequence[R
             volume = torch.from_numpy(reader.cache.get(path, config).array).to(world.device, dtype)
             with torch.inference_mode():
                 features.put(path, config, encoder.encode(module, volume))
-    return replace(reader, features=features)
+    return features

@@ -1,6 +1,6 @@
 """AdamW, or Muon for hidden matrices beside it, from a recipe's parameter groups."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -94,8 +94,13 @@ class MuonAdamW(Optimizer):
 
 def trainable_and_frozen(model: nn.Module) -> tuple[int, int]:
     """Numbers of elements in trainable and in frozen parameters."""
+    return count_trainable(model.parameters())
+
+
+def count_trainable(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
+    """Numbers of elements in those that train and in those that do not."""
     sizes = {True: 0, False: 0}
-    for parameter in model.parameters():
+    for parameter in parameters:
         # ZeRO-3 leaves an empty tensor in place of a parameter, and its size beside it.
         sizes[parameter.requires_grad] += int(getattr(parameter, "ds_numel", parameter.numel()))
     return sizes[True], sizes[False]

@@ -113,6 +113,10 @@ class Recipe(ABC):
         `meta=True`: the same parameters on `torch.device("meta")`, without reading weights.
         """
 
+    def parts(self, model: nn.Module) -> Mapping[str, Sequence[nn.Parameter]]:
+        """The model's parameters by part, to be printed with what trains of them; none: nothing is printed."""
+        return {}
+
     def frozen_encoder(self) -> FrozenEncoder | None:
         """An encoder whose outputs `collate` takes in place of volumes; None: it wants the volumes."""
         return None

@@ -1,10 +1,12 @@
 """Training from a config and a recipe to a run folder."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from mllm3d.config import Config, TrainingConfig
 from mllm3d.data.cache import VolumeCache
@@ -18,7 +20,7 @@ from mllm3d.training.engine import build_engine
 from mllm3d.training.estimate import count_steps
 from mllm3d.training.features import with_features
 from mllm3d.training.logging import MetricsLog
-from mllm3d.training.optim import trainable_and_frozen
+from mllm3d.training.optim import count_trainable, trainable_and_frozen
 from mllm3d.training.recipe import Recipe
 from mllm3d.training.rundir import open_run
 from mllm3d.training.step import train_step
@@ -61,7 +63,7 @@ def fit(config: Config, recipe: Recipe, resume: bool = False, evaluate: Evaluate
     if resume:
         checkpoints.restore_random_state()
 
-    announce(engine, run, progress.step, total_steps, world)
+    announce(engine, recipe, run, progress.step, total_steps, world)
     peak = peak_speed(config, recipe, world)
     with MetricsLog(run, world, progress.step, total_steps, training.log_every, peak) as log:
         for step in range(progress.step, total_steps):
@@ -79,8 +81,8 @@ def fit(config: Config, recipe: Recipe, resume: bool = False, evaluate: Evaluate
     return run
 
 
-def announce(engine: Any, run: Path, first_step: int, total_steps: int, world: World) -> None:
-    """One line on rank 0 before the progress bar."""
+def announce(engine: Any, recipe: Recipe, run: Path, first_step: int, total_steps: int, world: World) -> None:
+    """On rank 0 before the progress bar: which steps follow, and for each of the model's parts whether it trains."""
     trainable, frozen = trainable_and_frozen(engine.module)
     if world.is_main and first_step >= total_steps:
         print(f"{run}: all {total_steps} steps are done; raise training.max_steps or epochs to go on", flush=True)
@@ -88,8 +90,22 @@ def announce(engine: Any, run: Path, first_step: int, total_steps: int, world: W
         print(
             f"{run}: steps {first_step + 1} to {total_steps}, {trainable:,} parameters train, {frozen:,} are frozen, "
             f"{world.size} rank{'s' if world.size > 1 else ''} on {world.device.type}",
+            *part_lines(recipe.parts(engine.module)),
+            sep="\n",
             flush=True,
         )
+
+
+def part_lines(parts: Mapping[str, Sequence[nn.Parameter]]) -> list[str]:
+    """Name, parameters, and whether they train; parts without parameters are left out."""
+    lines = []
+    counted = {name: count_trainable(parameters) for name, parameters in parts.items()}
+    counted = {name: sizes for name, sizes in counted.items() if sum(sizes)}
+    width = max(map(len, counted), default=0)
+    for name, (trainable, frozen) in counted.items():
+        state = "frozen" if not trainable else "trains" if not frozen else f"trains, {frozen:,} of them frozen"
+        lines.append(f"  {name:<{width}}  {trainable + frozen:>14,}  {state}")
+    return lines
 
 
 def training_rows(config: Config, recipe: Recipe, world: World) -> list[Row]:
@@ -107,7 +123,8 @@ def open_reader(config: Config, recipe: Recipe, world: World, rows: list[Row]) -
     cache = VolumeCache(config.data.cache or root / ".cache")
     reader = Reader(root, cache, config.volume, recipe.wants_volumes, recipe.wants_labels)
     if config.data.validation_split is not None:
-        rows = rows + validation_rows(config)
+        with world.together():
+            rows = rows + validation_rows(config)
     return with_features(reader, recipe, world, rows, config.training.precision == "bf16")
 
 

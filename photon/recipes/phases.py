@@ -1,7 +1,7 @@
 """`photon.phase1` and `photon.phase2`: the paper's two training phases (A.1.1)."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -43,10 +43,14 @@ class Phase1Settings(PixelSettings):
     """Phase 1 (Photon A.1.1): only the 3D patch embedding learns."""
 
     checkpoint: str = Field(description="Backbone: a folder, a run, or a hub name of Qwen2.5-VL.")
+    backbone: str | None = Field(default=None, description="What --dry-run plans with until the checkpoint is there.")
     patch_size: PatchSize = Field(default=(14, 14, 14), description="Voxels of a patch (D, H, W).")
-    patch_init: PatchInit = Field(
+    patch_init: PatchInit | None = Field(
         default="inflate",
-        description="Start from the backbone's kernel (inflate) or at random (fresh, published).",
+        description="Start from the backbone's kernel (inflate) or at random (fresh, published). None keeps it.",
+    )
+    trains: Literal["patches", "vision"] = Field(
+        default="patches", description="The patch embedding alone, or the whole vision tower (Table 4)."
     )
     temporal_step: float | None = Field(default=None, description="Rotary steps per slab; 2 per slice by default.")
     skip_background: float | None = SKIP_BACKGROUND
@@ -63,18 +67,22 @@ class Phase1(PhotonRecipe):
 
     def initial_config(self) -> PhotonConfig:
         s = self.settings
-        return patched_config(self._plan(s.checkpoint), s.patch_size, 1, s.temporal_step)
+        if s.patch_init is None and Path(s.checkpoint).is_dir():
+            return self._plan(s.checkpoint)
+        return patched_config(self._plan(s.backbone or s.checkpoint), s.patch_size, 1, s.temporal_step)
 
     def build(self, meta: bool = False) -> nn.Module:
         if meta:
             model = on_meta(self.initial_config())
         else:
             s = self.settings
-            source, tokenizer = self._load(s.checkpoint)
-            model = self.renewed(source, s.patch_size, s.patch_init, s.temporal_step)
+            model, tokenizer = self._load(s.checkpoint)
+            if s.patch_init is not None:
+                model = self.renewed(model, s.patch_size, s.patch_init, s.temporal_step)
             self.adopt(model, tokenizer)
         model.requires_grad_(False)
-        model.model.visual.patch_embed.requires_grad_(True)
+        learns = model.model.visual.patch_embed if self.settings.trains == "patches" else model.model.visual
+        learns.requires_grad_(True)
         return model
 
     def step_flops(self, config: PhotonConfig, shape: Size3) -> float:

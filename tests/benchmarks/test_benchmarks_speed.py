@@ -119,7 +119,13 @@ def test_a_profile_finds_forward_and_backward_of_each_part(measuring: Any) -> No
 
 
 def test_rows(speed: Any) -> None:
-    assert [v.name for v in speed.variants([1, 4, 8])] == ["a", "b", "c", "d4", "d8", "e", "f4", "f8"]
+    rows = speed.variants([1, 4, 8])
+    kept = [v for v in rows if v.early == "keep"]
+    assert [v.name for v in kept] == ["a", "b", "c", "d4", "d8", "e", "f4", "f8"]
+    # Where nothing is dropped there is nothing to evict.
+    assert [v.name for v in rows if v not in kept] == ["c-evict", "d4-evict", "d8-evict", "e-evict"]
+    assert [v.name for v in rows if v.is_one_of(["b", "d8"])] == ["b", "d8", "d8-evict"]
+    assert [v.name for v in rows if v.is_one_of(["d"])] == ["d4", "d4-evict", "d8", "d8-evict"]
 
 
 @pytest.mark.parametrize("name", ["c", "d4", "e"])
@@ -150,18 +156,39 @@ def test_batches_are_what_the_work_says(speed: Any, subject: Any) -> None:
     subject.model.zero_grad(set_to_none=True)
 
 
+def test_evicting_leaves_less_below_the_drop(speed: Any, subject: Any) -> None:
+    """Keys and values of one head of 64 in float32: per token 512 bytes a layer, of which one lies below the drop."""
+    per_token, text = 2 * 64 * 4, 18 + 4  # the question without its answer, and what stands before it
+    for name, visual in (("c", 32), ("e", 224)):
+        cached, answers, kept = {}, {}, 0
+        for variant in (v for v in speed.variants([1]) if v.is_one_of([name])):
+            kept = round(visual * subject.calibrate(variant))
+            runs = speed.Runs(subject, variant)
+            phases = [phase for phase, _ in runs]
+            assert phases == list(speed.PHASES if variant.early == "keep" else speed.PHASES[1:])
+            runs.prefill()
+            cached[variant.early], answers[variant.early] = runs.cache_bytes, runs.next
+            runs.decode()
+            assert runs.cache_bytes - cached[variant.early] == 4 * per_token * subject.work.tokens
+        assert cached["keep"] == per_token * (4 * text + visual + 3 * kept)
+        assert cached["evict"] == per_token * (4 * text + 4 * kept)
+        assert torch.equal(answers["keep"], answers["evict"])  # the first token comes before
+
+
 def made_up(speed: Any, subject: Any) -> Any:
     chosen = speed.variants([1, 4])
     seconds = {"a": 40.0, "b": 8.0, "c": 4.0, "d4": 2.0, "e": 20.0, "f4": 1.0}
+    seconds |= {f"{name}-evict": seconds[name] / 2 for name in ("c", "d4", "e")}
     found = {v: speed.Found({phase: [seconds[v.name]] * 3 for phase in speed.PHASES}) for v in chosen}
     for v in chosen:
         found[v].peak = {phase: round(seconds[v.name] * MB) for phase in (speed.STEP, speed.PREFILL)}
+        found[v].cache = seconds[v.name] * MB / 10
     return speed.Report(subject, chosen, found)
 
 
 def test_each_gain_has_its_own_column(speed: Any, subject: Any) -> None:
     report = made_up(speed, subject)
-    gains = {v.name: report.gains(speed.STEP, v) for v in report.chosen}
+    gains = {v.name: report.gains(speed.STEP, v) for v in report.chosen if v.early == "keep"}
     # Of the 3D patch embedding, of dropping, of sharing.
     assert gains == {
         "a": [1.0, 1.0, 1.0],
@@ -184,6 +211,14 @@ def test_rows_show_ratios_beside_predicted_ones(speed: Any, subject: Any) -> Non
     assert row == [
         "(c) Photon, keep 0.39", "4", "4-4", "5.00", "2.00", "1.00", "10.00", f"{planned:.2f}", f"{10 / planned:.2f}",
     ]  # fmt: skip
+    evicting = next(v for v in report.chosen if v.name == "c-evict")
+    planned = {e: speed.token_flops(configs[True], work.shape, 20, 0.39, 4, e) for e in ("keep", "evict")}
+    base = speed.token_flops(configs[False], work.shape, 20, None, 4)
+    for variant, ratio in ((c, 10), (evicting, 20)):
+        row = report.time_row(speed.TOKEN, variant)
+        predicted = base / planned[variant.early]
+        assert row[6:] == [f"{ratio:.2f}", f"{predicted:.2f}", f"{ratio / predicted:.2f}", f"{4 / ratio:.2f}"]
+    assert planned["evict"] < planned["keep"]
     report.found[c].kept = 0.5
     visual = configs[True].patches.tokens(work.shape)
     sizes = [str(visual), str(visual // 2), str(24 + visual), str(24 + visual // 2), "4", "0.10", "4", "0.10"]
@@ -208,6 +243,8 @@ def test_what_the_memory_is_too_small_for_is_said(speed: Any, subject: Any) -> N
     assert speed.attempt(found, speed.STEP, lambda: 3, subject.model) == 3
     report.found[a] = found
     assert report.time_row(speed.PREFILL, a)[1] == "out of memory"
+    widths = [len(report.time_row(phase, a)) for phase in speed.PHASES]
+    assert widths == [len(report.time_row(phase, b)) for phase in speed.PHASES]
     row = report.time_row(speed.PREFILL, b)
     assert row[1] == "8" and row[3] == "" == row[6]
 
@@ -228,12 +265,19 @@ def test_quick_path(
     printed = capsys.readouterr().out
     for title in ("Tokens, and peak memory", "Training step", "Prefill", "Further token"):
         assert f"\n{title}" in printed
-    assert printed.count("| (d) keep 0.39, K = 4") == 4
+    assert printed.count("| (d) keep 0.39, K = 4 ") == 4
+    assert printed.count("| (d) keep 0.39, K = 4, evict ") == 1 == printed.count("cache MB per question")
     kept = json.loads(out.read_text())
-    assert [v["name"] for v in kept["variants"]] == ["a", "b", "c", "d4", "e", "f4"]
-    for variant in kept["variants"]:
-        assert all(len(times) == 1 and times[0] >= 0 for times in variant["seconds"].values())
-        assert variant["peak"].keys() == {"training step", "prefill"} and variant["missing"] == []
+    found = {v["name"]: v for v in kept["variants"]}
+    assert list(found) == ["a", "b", "c", "c-evict", "d4", "d4-evict", "e", "e-evict", "f4"]
+    for variant in found.values():
+        phases = ["training step", "prefill"] if variant["early"] == "keep" else ["prefill"]
+        assert list(variant["peak"]) == phases and variant["missing"] == []
+        measured = [phase for phase, times in variant["seconds"].items() if len(times) == 1 and times[0] >= 0]
+        assert measured == [*phases, "further token"]
+    for name in ("c", "d4", "e"):
+        assert found[f"{name}-evict"]["cache"] < found[name]["cache"]
+    assert found["d4"]["cache"] == pytest.approx(found["c"]["cache"], rel=0.05)  # of a question, not of the batch
 
 
 def test_profile(programs: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,10 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NAMES = sorted(
     path.relative_to(CONFIGS).with_suffix("").as_posix()
     for path in CONFIGS.rglob("*.yaml")
-    if path.parent.name != "quickstart"
+    if "quickstart" not in path.parts
 )
+PHOTON = [name for name in NAMES if not name.startswith("med3dvlm")]
+MED3DVLM = [name for name in NAMES if name.startswith("med3dvlm")]
 MOST_TOKENS = {
     "photon_medframeqa": "16,384",
     "photon_slake": "16,384",
@@ -32,7 +34,7 @@ def dry_run(name: str) -> dict[str, str]:
     return {line[:18].strip(): line[18:].strip() for line in lines if line[:18].strip()}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PHOTON)
 def test_a_config_passes_the_dry_run_without_weights_or_data(name: str) -> None:
     found = dry_run(name)
     assert found["recipe"].startswith("photon.")
@@ -44,6 +46,28 @@ def test_a_config_passes_the_dry_run_without_weights_or_data(name: str) -> None:
     assert unknown == (["data", "steps", "hours"] if name in UNCOUNTED else [])
     assert found["tokens per volume"] == ("7,000" if name in SEVEN_THOUSAND else "1,000")
     assert "tokens per image" not in found
+
+
+@pytest.mark.parametrize("name", MED3DVLM)
+def test_a_config_of_med3dvlm_passes_it_too(name: str) -> None:
+    found = dry_run(name)
+    stage = load(name).recipe.removeprefix("med3dvlm.")
+    assert stage in ("contrastive", "projector", "finetune")
+    unknown = [key for key, value in found.items() if "unknown" in value]
+    assert unknown == ([] if stage == "contrastive" else ["data", "steps", "hours"])
+    trainable = found["parameters"].split(" trainable")[0].split(" (")[0]
+    tokens = found["tokens per volume"]
+    expected = {
+        "med3dvlm_contrastive": ("85.79 M", "32"),
+        "med3dvlm/table5_dcformer_clip": ("85.79 M", "32"),
+        "med3dvlm/table5_vit3d_clip": ("154.93 M", "256"),
+        "med3dvlm_projector": ("47.22 M", "256"),  # the published number
+        "med3dvlm/projector_1xmlp_mixer_h": ("29.91 M", "256"),
+        "med3dvlm/projector_2xmlp_h": ("29.83 M", "288"),
+        "med3dvlm/projector_2xmlp": ("15.60 M", "32"),
+        "med3dvlm_finetune": ("87.59 M", "256"),  # with 40.37 M of adapters
+    }
+    assert (trainable, tokens) == expected[name]
 
 
 @pytest.mark.parametrize(

@@ -78,8 +78,8 @@ class Recipes:
         return self.recipe("med3dvlm.contrastive", {**values, "text_tokens": 48, **(model or {})}, **changes)
 
     def projector(self, model: dict[str, Any] | None = None, **changes: Any) -> Any:
-        values = {"encoder": str(self.runs / "contrastive"), "language_model": str(self.runs / "decoder")}
-        values |= {"mixed_tokens": IMAGE_TOKENS, "max_length": 160}
+        values: dict[str, Any] = {"mixed_tokens": IMAGE_TOKENS, "max_length": 160}
+        values |= {"encoder": str(self.runs / "contrastive"), "language_model": str(self.runs / "decoder")}
         return self.recipe("med3dvlm.projector", {**values, **(model or {})}, **changes)
 
     def finetune(self, model: dict[str, Any] | None = None, **changes: Any) -> Any:

@@ -161,3 +161,16 @@ def test_validation_with_random_tokens_draws_nothing(recipes: Recipes, backbone:
     with torch.no_grad():
         first, again = (recipe_terms(recipe, model, batch) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state) and first == again
+
+
+@pytest.mark.parametrize("trains", ["patches", "vision"])
+def test_phase_1_trains_the_patches_or_the_whole_tower(recipes: Recipes, backbone: Any, trains: str) -> None:
+    """The second goes on from phase 1's own patches (Table 4, Vis. Ful. Ft.)."""
+    first = recipes.phase1(backbone)
+    started = recipes.save(first, first.build(), "started")
+    recipe = recipes.phase1(started, model__trains=trains, model__patch_init=None)
+    model = recipe.build()
+    learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    part = "model.visual.patch_embed." if trains == "patches" else "model.visual."
+    assert learns == {name for name, _ in model.named_parameters() if name.startswith(part)}
+    assert recipe.initial_config().patches == model.config.patches == first.initial_config().patches

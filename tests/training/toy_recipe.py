@@ -1,5 +1,6 @@
 """A recipe with a few hundred parameters, for tests of the trainer: numbers in, digits out."""
 
+import copy
 import json
 from functools import partial
 from pathlib import Path
@@ -12,13 +13,16 @@ from torch.nn import functional
 
 from mllm3d.config import Settings
 from mllm3d.data.dataset import GroupItem
-from mllm3d.training.recipe import Batch, Description, ParameterGroup, Recipe, StepOutput, Term
+from mllm3d.training.recipe import Batch, Description, FrozenEncoder, ParameterGroup, Recipe, StepOutput, Term
 
 IGNORED = -100
 
 
 class ToySettings(Settings):
-    """Besides the width: what a test wants to go wrong."""
+    """Besides the width: what a test wants to go wrong.
+
+    encoded: a file that gets a line for each volume that is encoded to be cached: its rank and its first voxel.
+    """
 
     width: int = 8
     dropout: float = 0.0
@@ -26,6 +30,8 @@ class ToySettings(Settings):
     poison_step: int = 0
     use_side: Literal["always", "even_ranks"] = "always"
     ignore_answers: bool = False
+    cache_features: bool = False
+    encoded: str = ""
 
 
 def check_weight(weight: float, gradient: Tensor) -> None:
@@ -46,8 +52,10 @@ class ToyModel(nn.Module):
         self.drop = nn.Dropout(settings.dropout)
         self.head = nn.Linear(width, 10)
 
-    def forward(self, voxels: Tensor, ask: Tensor, owner: Tensor, with_side: bool = True) -> Tensor:
-        features = self.frozen(voxels.to(self.frozen.weight.dtype))[owner] + self.ask(ask)
+    def forward(self, read: Tensor, ask: Tensor, owner: Tensor, with_side: bool = True) -> Tensor:
+        """`read`: voxels, or what the frozen layer makes of them."""
+        read = read.to(self.frozen.weight.dtype)
+        features = (self.frozen(read) if read.shape[1] == self.frozen.in_features else read)[owner] + self.ask(ask)
         features = features + torch.tanh(self.hidden(features))
         if with_side:
             features = features + torch.tanh(self.side(features))
@@ -89,13 +97,31 @@ class ToyRecipe(Recipe):
             },
         ]
 
+    def frozen_encoder(self) -> FrozenEncoder | None:
+        if not self.settings.cache_features:
+            return None
+        assert self.model is not None
+        module = copy.deepcopy(self.model.frozen)
+        return FrozenEncoder(module, str(hash(tuple(module.weight.flatten().tolist()))), self.encode)
+
+    def encode(self, module: nn.Module, volume: Tensor) -> dict[str, Tensor]:
+        """Also draws a number, as some encoder might."""
+        torch.rand(1)
+        with Path(self.settings.encoded).open("a") as stream:
+            stream.write(f"{torch.distributed.get_rank()} {float(volume[0, 0, 0])}\n")
+        return {"frozen": module(volume.flatten())}
+
     def collate(self, items: list[GroupItem]) -> Batch:
         rows = [(owner, row) for owner, item in enumerate(items) for row in item.rows]
         targets = [torch.tensor([int(digit) for digit in row.answer]) for _, row in rows]
         if self.settings.ignore_answers:
             targets = [torch.full_like(target, IGNORED) for target in targets]
+        if self.settings.cache_features:
+            voxels = [item.features[-1]["frozen"] for item in items]
+        else:
+            voxels = [torch.from_numpy(item.volumes[-1].array).flatten() for item in items]
         return {
-            "voxels": torch.stack([torch.from_numpy(item.volumes[-1].array).flatten() for item in items]),
+            "voxels": torch.stack(voxels),
             "ask": torch.tensor([int(row.question) for _, row in rows]),
             "owner": torch.tensor([owner for owner, _ in rows]),
             "targets": nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED),

@@ -6,6 +6,8 @@ The plan is a JSON list of
     {"limit_file_size": bytes, "rank": r}  the disk of rank r is full in the next run
     {"plant": run}                         the weights in its newest checkpoint become a pickle that runs code
     {"cut": run}                           the same file loses its last byte
+    {"blank": manifest}                    its scans hold nothing any more, though size and date are the same, and
+                                           prepared ones are gone
 Rank 0 leaves the errors that a user would see in plan.json.errors (null for a run that went well), and in
 plan.json.moved how far the weights of a poisoned run are from those in its newest checkpoint.
 """
@@ -91,6 +93,15 @@ def damage(run: Path, how: str) -> None:
     (step / "trainer.json").write_text(json.dumps(trainer))
 
 
+def blank(manifest: Path) -> None:
+    for file in manifest.parent.glob("*.npy"):
+        times = file.stat()
+        file.write_bytes(bytes(times.st_size))
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    for file in manifest.parent.glob(".cache/*/*.b2"):
+        file.unlink()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--local_rank", type=int)  # the deepspeed launcher gives it
@@ -105,6 +116,9 @@ def main() -> int:
         elif entry.keys() & {"plant", "cut"}:
             how, run = next(iter(entry.items()))
             damage(Path(run), how)
+        elif "blank" in entry:
+            if rank == 0:
+                blank(Path(entry["blank"]))
         elif "limit_file_size" in entry:
             if rank == entry["rank"]:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (entry["limit_file_size"], resource.RLIM_INFINITY))
