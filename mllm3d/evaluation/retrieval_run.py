@@ -29,7 +29,7 @@ from mllm3d.evaluation.retrieval import (
     zero_shot_scores,
 )
 from mllm3d.evaluation.retrieve import embed_rows, identity_in, items_of, one_per_volume, report_of
-from mllm3d.evaluation.runner import _open_folder as open_folder
+from mllm3d.evaluation.runner import open_folder
 from mllm3d.evaluation.tables import PER_FINDING, markdown_table, print_rows, write_files
 from mllm3d.inference.checkpoint import fingerprint
 from mllm3d.inference.embedding import EmbeddingModel

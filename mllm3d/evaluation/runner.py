@@ -74,7 +74,7 @@ def evaluate(config: Config, checkpoint: Path | None = None, device: str | None 
     _warn_of_other_preprocessing(config, predictor)
     folder = config.run.output / "evaluation" / config.data.eval_split
     origin = _origin(config, predictor)
-    _open_folder(folder, origin)
+    open_folder(folder, origin)
     cache = VolumeCache(config.data.cache or config.data.manifest.parent / ".cache")
     _answer_all(config, predictor, cache, rows, folder)
     samples: dict[str, list[Sample]] = {
@@ -259,7 +259,7 @@ def _origin(config: Config, predictor: Predictor) -> dict[str, str]:
     }
 
 
-def _open_folder(folder: Path, origin: dict[str, str]) -> None:
+def open_folder(folder: Path, origin: dict[str, str]) -> None:
     """Make the folder, or keep it if its predictions have the same origin, else move it aside."""
     file = folder / ORIGIN
     if folder.is_dir() and any(folder.iterdir()):

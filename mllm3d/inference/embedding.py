@@ -1,26 +1,22 @@
 """One loaded embedder, asked about scans and texts: the same preprocessing as in training."""
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from mllm3d.config import VolumeConfig
-from mllm3d.data.preprocess import Prepared, for_modality, prepare
-from mllm3d.data.volumes import Volume
 from mllm3d.errors import UserError
 from mllm3d.inference.adapter import Embedder
 from mllm3d.inference.checkpoint import Checkpoint, open_checkpoint
-from mllm3d.inference.predictor import looks_like_hu
+from mllm3d.inference.loaded import Loaded, choose_device
 from mllm3d.registry import EMBEDDERS, embedder_class
 
 TEXTS = 16
 """So many texts are embedded at a time."""
 
 
-class EmbeddingModel:
+class EmbeddingModel(Loaded):
     """A checkpoint that puts volumes and texts into one space.
 
     Embeddings are computed in float32 on every device, because they are kept, and compared with those of queries that
@@ -29,9 +25,8 @@ class EmbeddingModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, embedder: Embedder, device: str):
-        self.checkpoint = checkpoint
+        super().__init__(checkpoint, device)
         self.embedder = embedder
-        self.device = device
 
     @classmethod
     def load(cls, path: Path, device: str | None = None) -> Self:
@@ -49,29 +44,13 @@ class EmbeddingModel:
                 f"a checkpoint of type {' or '.join(EMBEDDERS)}, which the recipe med3dvlm.contrastive trains"
             )
         kind: type[Embedder] = embedder_class(checkpoint.model_type)
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else chosen.type
+        chosen, name = choose_device(device)
         return cls(checkpoint, kind.load(checkpoint.model, chosen, torch.float32), name)
 
     @property
     def width(self) -> int:
         """Of an embedding."""
         return self.embedder.width
-
-    def volume_config(self, modality: str = "CT") -> VolumeConfig:
-        """The checkpoint's preprocessing; for `MR`, whose units are arbitrary, a window by percentiles."""
-        return for_modality(self.checkpoint.volume, modality)
-
-    def prepare(self, volume: Volume, modality: str = "CT") -> Prepared:
-        """A scan as read from disk, as the model wants it; one warning line if a CT does not look like HU."""
-        config = self.volume_config(modality)
-        if config.window_percentile is None and not looks_like_hu(volume.array):
-            print(
-                f"warning: {volume.path}: its intensities do not look like HU; give --modality mr for MR, or convert "
-                "the file to HU",
-                file=sys.stderr,
-            )
-        return prepare(volume, config)
 
     def embed_volume(self, volume: np.ndarray) -> np.ndarray:
         """Float32 (width,) of a prepared volume."""

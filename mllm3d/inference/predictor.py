@@ -1,6 +1,5 @@
 """Volume and question in, answer out: the same preprocessing and the same model code as in training."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from mllm3d.config import VolumeConfig
-from mllm3d.data.preprocess import Prepared, for_modality, prepare
+from mllm3d.data.preprocess import Prepared
 from mllm3d.data.prompts import with_options
-from mllm3d.data.volumes import Volume, read_volume
+from mllm3d.data.volumes import read_volume
 from mllm3d.errors import UserError
 from mllm3d.inference.adapter import Adapter, Mode, RawAnswer
 from mllm3d.inference.checkpoint import Checkpoint, open_checkpoint
+from mllm3d.inference.loaded import Loaded, choose_device
 from mllm3d.registry import adapter_class
 
 if TYPE_CHECKING:
@@ -37,13 +36,12 @@ class Answer(RawAnswer):
         return (self.seconds_total - self.seconds_first) / further if further > 0 else None
 
 
-class Predictor:
+class Predictor(Loaded):
     """One loaded checkpoint, asked about files or prepared volumes."""
 
     def __init__(self, checkpoint: Checkpoint, adapter: Adapter, device: str):
-        self.checkpoint = checkpoint
+        super().__init__(checkpoint, device)
         self.adapter = adapter
-        self.device = device
 
     @classmethod
     def load(cls, path: Path, device: str | None = None, dtype: "torch.dtype | None" = None) -> Self:
@@ -56,26 +54,10 @@ class Predictor:
 
         checkpoint = open_checkpoint(path)
         adapter = _adapter_of(checkpoint)
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen, name = choose_device(device)
         if dtype is None:
             dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
-        name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else chosen.type
         return cls(checkpoint, adapter.load(checkpoint.model, chosen, dtype), name)
-
-    def volume_config(self, modality: str = "CT") -> VolumeConfig:
-        """The checkpoint's preprocessing; for `MR`, whose units are arbitrary, a window by percentiles."""
-        return for_modality(self.checkpoint.volume, modality)
-
-    def prepare(self, volume: Volume, modality: str = "CT") -> Prepared:
-        """A scan as read from disk, as the model wants it; one warning line if a CT does not look like HU."""
-        config = self.volume_config(modality)
-        if config.window_percentile is None and not looks_like_hu(volume.array):
-            print(
-                f"warning: {volume.path}: its intensities do not look like HU (no air below -200 or nothing "
-                "above 0); give --modality mr for MR, or convert the file to HU",
-                file=sys.stderr,
-            )
-        return prepare(volume, config)
 
     def answer(
         self,
@@ -148,12 +130,3 @@ def _adapter_of(checkpoint: Checkpoint) -> type[Adapter]:
     except UserError as error:
         raise UserError(f"{checkpoint.model / 'config.json'}: {error}; name a checkpoint of one of these") from error
     return found
-
-
-def looks_like_hu(array: np.ndarray) -> bool:
-    """Whether a scan has air below -200 and something denser than water, as a CT of a body has.
-
-    MR, raw detector values and images scaled to [0, 1] lack the first; HU rescaled twice, the second.
-    """
-    low, high = np.percentile(array[::4, ::4, ::4], [0.5, 99.5])
-    return bool(low < -200 and high > 0)

@@ -16,8 +16,9 @@ from mllm3d.data.volumes import read_volume
 from mllm3d.errors import UserError
 from mllm3d.inference.adapter import Mode
 from mllm3d.inference.checkpoint import fingerprint, open_checkpoint
+from mllm3d.inference.loaded import looks_like_hu
 from mllm3d.inference.predict import of_prior, predict, predict_command
-from mllm3d.inference.predictor import Predictor, looks_like_hu
+from mllm3d.inference.predictor import Predictor
 from tests.inference.fake_adapter import NAME, FakeAdapter, write_model
 
 CONFIG = VolumeConfig(window_hu=(-1000.0, 1000.0), shape=(8, 8, 8), flip=("W",))
