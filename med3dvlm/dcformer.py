@@ -46,6 +46,7 @@ VARIANTS = {
 SIZE: Size3 = (128, 256, 256)
 KERNELS = (13, 11, 9, 7)
 """Of the stages' depthwise convolutions."""
+LAYER_SCALE = 1e-6
 
 CACHED_NUMBERS = 2**19
 """Numbers of an MLP's hidden layer that a CPU core's cache keeps."""
@@ -70,7 +71,9 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One layer of a stage; the first one of a stage pools and widens before it."""
 
-    def __init__(self, width_in: int, width: int, kernel: int, downsample: bool, residual: bool) -> None:
+    def __init__(
+        self, width_in: int, width: int, kernel: int, downsample: bool, residual: bool, layer_scale: float
+    ) -> None:
         super().__init__()
         self.downsample = downsample
         if downsample:
@@ -78,7 +81,7 @@ class Block(nn.Module):
             self.proj = nn.Conv3d(width_in, width, 1, bias=False)
         self.dwconv = DecomposedConv3d(width, width, kernel, depthwise=True, residual=residual)
         self.mlp = Mlp(width)
-        self.scale = nn.Parameter(torch.full((width,), 1e-6))
+        self.scale = nn.Parameter(torch.full((width,), layer_scale))
 
     def forward(self, x: Tensor) -> Tensor:
         """The reference: ``(B, C, H, W, D) -> (B, E, H, W, D)``, half as long axes where it pools."""
@@ -116,6 +119,7 @@ class DCFormer(VolumeEncoder):
         size: voxels (depth, height, width). layers, widths: as in :class:`Variant`; the stem is one layer.
         kernels: of the four stages.
         residual: Eq. 4's ``X +`` in the depthwise convolutions; the published code and its checkpoints have none.
+        layer_scale: by what each block's output is multiplied at first; it learns. Short trainings want more.
         form: ``auto`` picks the fastest way for the device at hand, ``plain`` is the reference; the others of
             ``decomposed.FORMS`` fix the form of the depthwise convolutions. None changes the result.
 
@@ -131,11 +135,13 @@ class DCFormer(VolumeEncoder):
         widths: Sequence[int] = VARIANTS["small"].widths,
         kernels: Sequence[int] = KERNELS,
         residual: bool = False,
+        layer_scale: float = LAYER_SCALE,
         form: str = "auto",
         name: str = "dcformer-small",
     ) -> None:
         shape: dict[str, Any] = {"layers": list(layers), "widths": list(widths), "kernels": list(kernels)}
-        spec = {"name": name, "size": list(size), "channels": channels, **shape, "residual": residual, "form": form}
+        spec = {"name": name, "size": list(size), "channels": channels, **shape, "residual": residual}
+        spec |= {"layer_scale": layer_scale, "form": form}
         super().__init__(size, channels, spec)
         if len(layers) != 5 or len(widths) != 5 or len(kernels) != 4 or layers[0] != 1 or min(layers) < 1:
             raise ValueError(
@@ -144,8 +150,12 @@ class DCFormer(VolumeEncoder):
         stages: dict[str, nn.Module] = {"s0": nn.Sequential(Stem(channels, widths[0]))}
         for i, kernel in enumerate(kernels, start=1):
             width_in, width = widths[i - 1], widths[i]
-            blocks = [Block(width if j else width_in, width, kernel, j == 0, residual) for j in range(layers[i])]
-            stages[f"s{i}"] = nn.Sequential(*blocks)
+            stages[f"s{i}"] = nn.Sequential(
+                *(
+                    Block(width if j else width_in, width, kernel, j == 0, residual, layer_scale)
+                    for j in range(layers[i])
+                )
+            )
         self.encoder = nn.ModuleDict(stages)
         self.low_shape, self.high_shape = ((_positions(self.grid(i)), widths[i]) for i in (3, 4))
         self.form = "auto"
