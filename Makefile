@@ -3,18 +3,16 @@
 # make clean        remove .venv and what the quickstart wrote
 #
 # PYTHON=python3.12      the interpreter that makes .venv (3.11 or newer)
-# TORCH_INDEX_URL=...    a further package index to look for torch in, for example PyTorch's own of CPU builds, or of
-#                        builds for an older CUDA driver
+# PIP_EXTRA_INDEX_URL=...  pip's own setting: a further package index, for example PyTorch's of CPU builds, or of builds
+#                        for an older CUDA driver
 # EXTRAS=dev,eval        optional dependencies to install, see pyproject.toml
 
 PYTHON ?= python3
-TORCH_INDEX_URL ?=
 EXTRAS ?= dev
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
-TORCH_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 QUICKSTART := runs/quickstart
 
 .PHONY: install test quickstart clean
@@ -34,15 +32,15 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard */__init__.py)
 	@set -e; pip="$(BIN)/python -m pip --disable-pip-version-check"; \
 	if nvidia-smi -L >/dev/null 2>&1; then \
 	  build=cuda; torch='torch==$(TORCH),!=$(TORCH)+cpu'; \
-	elif $$pip install -q --dry-run --no-deps $(TORCH_INDEX) 'torch===$(TORCH)+cpu' >/dev/null 2>&1; then \
+	elif $$pip install -q --dry-run --no-deps 'torch===$(TORCH)+cpu' >/dev/null 2>&1; then \
 	  build=cpu; torch='torch===$(TORCH)+cpu'; \
 	else \
 	  build=any; torch='torch==$(TORCH)'; \
-	  echo "note: pip finds no CPU build of torch $(TORCH); taking the plain one (TORCH_INDEX_URL names a further index)"; \
+	  echo "note: pip finds no CPU build of torch $(TORCH); taking the plain one (PIP_EXTRA_INDEX_URL names a further index)"; \
 	fi; \
 	set -x; \
-	$$pip install -q $(TORCH_INDEX) -c constraints.txt "$$torch"; \
-	DS_BUILD_OPS=0 $$pip install -q $(TORCH_INDEX) -c constraints.txt -e '.[$(EXTRAS)]'; \
+	$$pip install -q -c constraints.txt "$$torch"; \
+	DS_BUILD_OPS=0 $$pip install -q -c constraints.txt -e '.[$(EXTRAS)]'; \
 	$(BIN)/python -m mllm3d.cli doctor --install $$build
 	@touch $@
 
