@@ -6,7 +6,7 @@ import platform
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
+
+from mllm3d.evaluation.tables import markdown_table
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr when it starts and stops
 
@@ -164,3 +166,13 @@ def profile_parts(run: Run, parts: Iterable[Part], device: torch.device) -> dict
         found[region].seconds[_kind(event)] += spent / 1e6
         found[region].flops += event.flops or 0
     return dict(found)
+
+
+def show_table(title: str, header: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
+    """As markdown with even columns."""
+    cells = [header, *lines]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    aligned = [
+        [x.rjust(n) if i else x.ljust(n) for i, (x, n) in enumerate(zip(row, widths, strict=True))] for row in cells
+    ]
+    print(f"\n{title}\n", *markdown_table(aligned[0], aligned[1:]), sep="\n")

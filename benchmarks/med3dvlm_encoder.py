@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine, peak_bytes, seconds
-from photon_speed import show_table
+from measuring import machine, peak_bytes, seconds, show_table
 from torch import Tensor, nn
 
 from med3dvlm.dcformer import VARIANTS, DCFormer

@@ -22,7 +22,7 @@ run as in training. ``--out`` keeps the single times.
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -30,10 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import KINDS, Part, machine, peak_bytes, profile_parts, seconds
+from measuring import KINDS, Part, machine, peak_bytes, profile_parts, seconds, show_table
 from torch import Tensor
 
-from mllm3d.evaluation.tables import markdown_table
 from mllm3d.training.engine import checkpoint_activations
 from photon import PhotonConfig, PhotonForConditionalGeneration
 from photon.building import patched_config, planned_config
@@ -446,16 +445,6 @@ class Report:
 
 def _text(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-
-def show_table(title: str, header: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
-    """As markdown with even columns."""
-    cells = [header, *lines]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    aligned = [
-        [x.rjust(n) if i else x.ljust(n) for i, (x, n) in enumerate(zip(row, widths, strict=True))] for row in cells
-    ]
-    print(f"\n{title}\n", *markdown_table(aligned[0], aligned[1:]), sep="\n")
 
 
 # --- where the time goes ----------------------------------------------------------------------------------------
