@@ -16,25 +16,18 @@ benchmarks/phantom_ablation/.
 
 import argparse
 import json
-import os
-import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from mllm3d.errors import UserError
 from mllm3d.evaluation.results import Results, read_results
 from mllm3d.evaluation.retention import Retention
-from mllm3d.evaluation.tables import markdown_table
+from runs import Runs, cores, keep_table, percent, prepare_folder
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = Path(__file__).resolve().with_suffix("")
 FINDINGS = ("lung nodule", "liver lesion", "kidney cyst", "kidney tumour", "pleural effusion", "splenomegaly")
 SMALL = FINDINGS[:4]
@@ -111,87 +104,34 @@ def _fresh_patches() -> tuple[str, ...]:
 # --- running ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Bench:
-    """Where runs are kept and how they run.
+def draw(runs: Runs, cases: int) -> None:
+    """The phantoms of all rows."""
+    runs.phantoms(
+        *("--cases", str(cases), "--seed", "1", "--shape", "40,80,80", "--splits", "0.9,0.01,0.09"),
+        *("--tasks", "existence", "--priors", "0", "--lesion-scale", "1.5", "--findings", *FINDINGS),
+    )
 
-    Attributes:
-        out: folder of everything. device: cpu or cuda. threads: of a run on the CPU. quick: a few steps of each
-            run on a few cases, to see that all parts fit together.
-    """
 
-    out: Path
-    device: str
-    threads: int
-    quick: bool
+def common_start(runs: Runs) -> None:
+    """The stages that all rows share."""
+    train(runs, "vision", "vision")
+    train(runs, "backbone", "backbone", f"model.checkpoint={runs.out / 'vision'}")
+    train(runs, "phase1", "phase1", f"model.checkpoint={runs.out / 'backbone'}")
 
-    def data(self, cases: int) -> None:
-        """Draw the phantoms."""
-        if (self.out / "data").is_dir():
-            return
-        self._call(
-            "data",
-            "data/phantom/prepare.py",
-            *("--out", str(self.out / "data"), "--cases", str(cases), "--seed", "1", "--shape", "40,80,80"),
-            *("--splits", "0.9,0.01,0.09", "--tasks", "existence", "--priors", "0", "--lesion-scale", "1.5"),
-            *("--workers", str(self.threads), "--findings", *FINDINGS),
-        )
 
-    def common_start(self) -> None:
-        """The stages that all rows share."""
-        self._train("vision", "vision")
-        self._train("backbone", "backbone", f"model.checkpoint={self.out / 'vision'}")
-        self._train("phase1", "phase1", f"model.checkpoint={self.out / 'backbone'}")
+def row(runs: Runs, variant: Variant, seed: int) -> None:
+    """Train and ask one model."""
+    name = run_name(variant, seed)
+    if (runs.out / name / "evaluation/test/retention.json").is_file():
+        return
+    settings = (f"run.seed={seed}", f"model.checkpoint={runs.out / variant.start}", *variant.settings)
+    train(runs, name, "phase2", *settings)
+    runs.evaluate(name, CONFIGS / "phase2.yaml", *settings, f"evaluation.modes={json.dumps(variant.modes)}")
 
-    def row(self, variant: Variant, seed: int) -> None:
-        """Train and ask one model."""
-        name = run_name(variant, seed)
-        if (self.out / name / "evaluation/test/retention.json").is_file():
-            return
-        settings = (f"run.seed={seed}", f"model.checkpoint={self.out / variant.start}", *variant.settings)
-        self._train(name, "phase2", *settings)
-        asked = [f"evaluation.modes={json.dumps(variant.modes)}"]
-        if self.quick:
-            asked.append("evaluation.limit_volumes=2")
-        config = ("--device", self.device, "--config", str(CONFIGS / "phase2.yaml"))
-        self._call(f"{name}-eval", "eval.py", *config, *self._common(name), *settings, *asked)
 
-    def _common(self, name: str) -> list[str]:
-        where = [f"run.output={self.out / name}", f"data.manifest={self.out / 'data/manifest.jsonl'}"]
-        return where if self.device != "cpu" else [*where, f"run.threads={self.threads}"]
-
-    def _train(self, name: str, config: str, *settings: str) -> None:
-        folder = self.out / name
-        if (folder / "checkpoints/latest").is_file():  # a run is saved once, at its end
-            return
-        if folder.exists():
-            shutil.rmtree(folder)  # it was interrupted
-        steps = []
-        if self.quick:
-            steps = [
-                f"training.max_steps={STEPS[config]}",
-                "training.optimizer.warmup=0",
-                "training.volumes_per_batch=2",
-            ]
-        self._call(
-            name, "train.py", "--config", str(CONFIGS / f"{config}.yaml"), *self._common(name), *settings, *steps
-        )
-
-    def _call(self, name: str, program: str, *arguments: str) -> None:
-        """Run a program of the repository; what it prints goes to OUT/logs/NAME.log."""
-        log = self.out / "logs" / f"{name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        environment = dict(os.environ)
-        if self.device == "cpu":
-            environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(self.threads)}
-        print(f"{name} ...", flush=True)
-        with log.open("w", encoding="utf-8") as stream:
-            done = subprocess.run(
-                [sys.executable, str(ROOT / program), *arguments],
-                stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False,
-            )  # fmt: skip
-        if done.returncode:
-            raise UserError(f"{program} for {name} failed, see {log}; mend that and run again, it goes on from here")
+def train(runs: Runs, name: str, config: str, *settings: str) -> None:
+    """Train the run of this name, if it is not there."""
+    runs.train(name, CONFIGS / f"{config}.yaml", *settings, quick_steps=STEPS[config])
 
 
 def run_name(variant: Variant, seed: int) -> str:
@@ -282,17 +222,9 @@ def cells(outcomes: Mapping[str, Sequence[Outcome]], rows: Mapping[str, Variant]
         fields = (
             "keep_rate", "overall", "majority", "coverage", "chance", "small", "all_tokens", "random_tokens",
         )  # fmt: skip
-        shares = [_percent([getattr(run, field) for run in runs]) for field in fields]
+        shares = [percent([getattr(run, field) for run in runs]) for field in fields]
         lines.append([rows[name].title, str(len(runs)), f"{tokens:.0f}", *shares])
     return lines
-
-
-def _percent(shares: Sequence[float | None]) -> str:
-    known = [100 * share for share in shares if share is not None]
-    if not known:
-        return "-"
-    mean = f"{statistics.fmean(known):.1f}"
-    return mean if max(known) - min(known) < 0.05 else f"{mean} ({min(known):.1f}-{max(known):.1f})"
 
 
 def show(out: Path, rows: Mapping[str, Variant]) -> None:
@@ -305,15 +237,7 @@ def show(out: Path, rows: Mapping[str, Variant]) -> None:
     lines = cells(finished(out, rows), rows)
     if not lines:
         raise UserError(f"{out}: no finished run in it; run without --table first")
-    (out / "table.md").write_text("\n".join(markdown_table(HEADER, lines)) + "\n", encoding="utf-8")
-    table = Table()
-    for column in HEADER:
-        table.add_column(column, justify="right" if column else "left")
-    for line in lines:
-        table.add_row(*line)
-    console = Console()
-    console.width = max(console.width, 160)
-    console.print(table)
+    keep_table(out / "table.md", HEADER, lines)
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -328,15 +252,6 @@ def chosen(names: Sequence[str], rows: Mapping[str, Variant]) -> list[Variant]:
             raise UserError(f"--rows {name}: no such row; there are {', '.join(rows)}, fixed, random and all")
         found |= matching
     return [row for key, row in rows.items() if key in found]
-
-
-def prepare_folder(out: Path, identity: Mapping[str, object]) -> None:
-    """Make ``out``; what other settings made is not gone on with."""
-    file = out / "settings.json"
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != identity:
-        raise UserError(f"--out {out}: made with other settings ({file}); remove it or name another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(identity) + "\n", encoding="utf-8")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -361,14 +276,14 @@ def run(args: argparse.Namespace) -> None:
     names = args.rows or (["no-reduction", "photon", "random-0.1-layer0"] if args.quick else ["all"])
     wanted, cases = chosen(names, rows), args.cases or (100 if args.quick else 5000)
     prepare_folder(args.out, {"cases": cases, "quick": args.quick})
-    out, cores = args.out.resolve(), os.cpu_count() or 1
-    alone = Bench(out, args.device, cores, args.quick)
-    alone.data(cases)
-    alone.common_start()
-    bench = Bench(out, args.device, max(1, cores // args.jobs), args.quick)
+    out = args.out.resolve()
+    alone = Runs(out, args.device, cores(), args.quick)
+    draw(alone, cases)
+    common_start(alone)
+    shared = Runs(out, args.device, max(1, cores() // args.jobs), args.quick)
     seeds = args.seeds or (1 if args.quick else 3)
     with ThreadPoolExecutor(args.jobs) as pool:
-        work = [pool.submit(bench.row, variant, seed) for seed in range(seeds) for variant in wanted]
+        work = [pool.submit(row, shared, variant, seed) for seed in range(seeds) for variant in wanted]
         try:
             for each in work:
                 each.result()

@@ -58,7 +58,7 @@ class Med3DRecipe(Recipe):
             raise UserError(f"row {row.id}: prior: {self.config.recipe} reads one scan; choose others with data.where")
 
     def parameter_groups(self, model: nn.Module) -> list[ParameterGroup]:
-        return parameter_groups(model, self.config.training.optimizer)
+        return parameter_groups(model, self.config.training.optimizer, is_hidden=is_hidden)
 
     def save(self, module: nn.Module, state_dict: dict[str, Tensor] | None, directory: Path) -> None:
         save_pretrained(module, self.processor, state_dict, directory)
@@ -94,6 +94,11 @@ class Med3DRecipe(Recipe):
             return build_encoder(self.encoder_spec(encoder))
         except (ValueError, TypeError) as error:
             raise UserError(f"model.encoder: {error}") from error
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a matrix of this name stands between other layers: what Muon may take."""
+    return any(part in f".{name}" for part in (".layer.", ".layers.", ".blocks.", ".mlp.", ".projector."))
 
 
 def encoder_flops(encoder: VolumeEncoder) -> float:

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from med3dvlm.processing_med3dvlm import with_choices
+from med3dvlm.recipes.base import is_hidden
 from mllm3d.config import Settings
 from mllm3d.data.dataset import GroupItem
 from mllm3d.data.manifest import Row, read_manifest, select
@@ -110,7 +111,7 @@ class Text(Recipe):
         return [with_choices(row.question, row.options or ()), " " + target_text(row)]
 
     def parameter_groups(self, model: nn.Module) -> list[ParameterGroup]:
-        return parameter_groups(model, self.config.training.optimizer, is_hidden=lambda name: ".layer" in name)
+        return parameter_groups(model, self.config.training.optimizer, is_hidden=is_hidden)
 
     def collate(self, items: list[GroupItem]) -> Batch:
         rows = [row for item in items for row in item.rows]

@@ -170,6 +170,19 @@ def test_parameter_groups_hold_what_trains_once(recipes: Recipes, name: str) -> 
         assert (group["lr"], group["weight_decay"]) == (1e-3, 0.1 if axes >= 2 else 0.0)
 
 
+@pytest.mark.parametrize("stage", ["contrastive", "finetune"])
+def test_muon_takes_matrices_between_layers(recipes: Recipes, stage: str) -> None:
+    recipe = getattr(recipes, stage)(training__optimizer={"name": "muon", "lr": 1e-3})
+    module = recipe.build()
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = recipe.parameter_groups(module)
+    muon = {names[id(p)] for group in groups if group["use_muon"] for p in group["params"]}
+    for part in ("vision_encoder", "language_encoder") if stage == "contrastive" else ("projector", "lora"):
+        assert [name for name in muon if part in name], part
+    edges = ("embed", "lm_head", "mm_vision_proj", "mm_language_proj", ".scale")
+    assert not [name for name in muon if any(edge in name for edge in edges)]
+
+
 def test_the_contrastive_stage_trains_everything(recipes: Recipes) -> None:
     recipe = recipes.contrastive()
     module = recipe.build()
