@@ -1,4 +1,5 @@
 # make quickstart   install into .venv, then data, training, evaluation, release and one answer (no network after it)
+# make quickstart-med3dvlm  the same for Med3DVLM: retrieval, questions and reports
 # make test         install into .venv, then lint, types and all tests
 # make clean        remove .venv and what the quickstart wrote
 #
@@ -14,8 +15,9 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 QUICKSTART := runs/quickstart
+MED3DVLM := runs/quickstart_med3dvlm
 
-.PHONY: install test quickstart clean
+.PHONY: install test quickstart quickstart-med3dvlm clean
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -70,5 +72,33 @@ quickstart: $(INSTALLED)
 	@echo "evidence     $(QUICKSTART)/evidence.png"
 	@echo; cat $(QUICKSTART)/phase2/evaluation/test/table.md
 
+# A small Med3DVLM through its three stages on generated phantoms, after small text models that stand in for pretrained
+# ones.
+quickstart-med3dvlm: $(INSTALLED)
+	rm -rf $(MED3DVLM)
+	$(BIN)/python data/phantom/prepare.py --out $(MED3DVLM)/data --cases 1500 --seed 0 --shape 64,112,112 --priors 0 \
+	  --splits 0.866,0.067,0.067 --tasks report existence phase location organ abnormality \
+	  --findings "pleural effusion" "pericardial effusion" cardiomegaly splenomegaly "fatty liver" consolidation \
+	  "kidney cyst" "liver lesion"
+	$(BIN)/python train.py --config quickstart/med3dvlm/bert
+	$(BIN)/python train.py --config quickstart/med3dvlm/decoder
+	$(BIN)/python train.py --config quickstart/med3dvlm/contrastive
+	$(BIN)/python eval.py --config quickstart/med3dvlm/contrastive
+	$(BIN)/python train.py --config quickstart/med3dvlm/projector
+	$(BIN)/python train.py --config quickstart/med3dvlm/finetune
+	$(BIN)/python eval.py --config quickstart/med3dvlm/finetune
+	$(BIN)/python data/phantom/score_reports.py --manifest $(MED3DVLM)/data/manifest.jsonl \
+	  --predictions $(MED3DVLM)/finetune/evaluation/test/none.jsonl
+	$(BIN)/mllm3d release --overwrite --merge-lora $(MED3DVLM)/finetune $(MED3DVLM)/release
+	$(BIN)/mllm3d embed --checkpoint $(MED3DVLM)/contrastive --manifest $(MED3DVLM)/data/manifest.jsonl --split test \
+	  --out $(MED3DVLM)/archive
+	$(BIN)/mllm3d retrieve --index $(MED3DVLM)/archive --text "Bilateral pleural effusion." -k 3
+	volume=$$(sed -n 's/.*"split": *"test".*"volume": *"\([^"]*\)".*/\1/p' $(MED3DVLM)/data/manifest.jsonl | head -n 1); \
+	$(BIN)/mllm3d predict --checkpoint $(MED3DVLM)/release --volume $(MED3DVLM)/data/$$volume \
+	  --question "Write the findings report of this CT scan." --max-new-tokens 256
+	@echo "runs         $(MED3DVLM)/{bert,decoder,contrastive,projector,finetune}, each with a README"
+	@echo "checkpoint   $(MED3DVLM)/release"
+	@echo; cat $(MED3DVLM)/contrastive/evaluation/test/table.md $(MED3DVLM)/finetune/evaluation/test/table.md
+
 clean:
-	rm -rf .venv $(QUICKSTART) *.egg-info
+	rm -rf .venv $(QUICKSTART) $(MED3DVLM) *.egg-info

@@ -3,13 +3,14 @@
 import json
 import os
 import platform
+import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,15 +37,22 @@ def seconds(run: Run, device: torch.device) -> float:
 
     The process' own CPU time is blind to what else the machine does, but for shared caches and clocks.
     """
-    if device.type != "cuda":
-        start = time.process_time()
-        run()
-        return time.process_time() - start
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = _now(device)
     run()
+    return _now(device) - start
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cuda":
+        return time.process_time()
     torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter()
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """The lower and the upper one; a single value is both."""
+    low, *_, high = statistics.quantiles(values, n=4) if len(values) > 1 else [*values] * 2
+    return low, high
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:
@@ -90,13 +98,13 @@ class Part(NamedTuple):
 
 
 @contextmanager
-def named(part: Part) -> Iterator[None]:
-    """The time of ``part`` carries its name; parts within parts have their own."""
+def around(part: Part, manager: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Each call of ``part`` runs in a context of its own."""
     function = getattr(part.owner, part.attribute)
 
     @wraps(function)
     def marked(*args: Any, **kwargs: Any) -> Any:
-        with record_function(REGION + part.region):
+        with manager():
             return function(*args, **kwargs)
 
     setattr(part.owner, part.attribute, marked)
@@ -104,6 +112,28 @@ def named(part: Part) -> Iterator[None]:
         yield
     finally:
         delattr(part.owner, part.attribute)  # uncovers the class's
+
+
+def named(part: Part) -> AbstractContextManager[None]:
+    """The time of ``part`` carries its name; parts within parts have their own."""
+    return around(part, partial(record_function, REGION + part.region))
+
+
+@contextmanager
+def clocked(parts: Iterable[Part], device: torch.device) -> Iterator[dict[str, float]]:
+    """Seconds in each part by its name, as `seconds` counts them; what is within a part counts for both."""
+    spent: dict[str, float] = {}
+
+    @contextmanager
+    def counted(name: str) -> Iterator[None]:
+        start = _now(device)
+        yield
+        spent[name] = spent.get(name, 0.0) + _now(device) - start
+
+    with ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(around(part, partial(counted, part.region)))
+        yield spent
 
 
 def _ancestors(event: Any) -> Iterator[Any]:

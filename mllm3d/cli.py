@@ -243,9 +243,11 @@ def _release(args: argparse.Namespace) -> int:
 def _add_convert(commands: "argparse._SubParsersAction", common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser("convert", parents=[common], help="convert a published checkpoint, or back to one")
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--from", dest="origin", metavar="NAME", help="whose checkpoint SRC is: photon or med3dvlm")
+    direction.add_argument("--from", dest="origin", metavar="NAME", help="what SRC is: photon, med3dvlm or gguf")
     direction.add_argument("--to", dest="target", metavar="NAME", help="format of DST: photon or med3dvlm")
-    parser.add_argument("source", metavar="SRC", type=Path, help="folder to read; with --to also a run or its step")
+    parser.add_argument(
+        "source", metavar="SRC", type=Path, help="folder or .gguf file to read; with --to also a run or its step"
+    )
     parser.add_argument("out", metavar="DST", type=Path, help="folder to write; must not exist or be empty")
     parser.set_defaults(command=_convert)
 

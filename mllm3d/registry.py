@@ -34,10 +34,11 @@ EMBEDDING_RECIPES = {"med3dvlm.contrastive"}
 """Recipes whose models are embedders: their evaluation is retrieval."""
 
 CONVERTERS: dict[str, str] = {
+    "gguf": "mllm3d.release.gguf:Gguf",
     "med3dvlm": "med3dvlm.published:PublishedMed3DVLM",
     "photon": "photon.published:PublishedPhoton",
 }
-"""Format of published checkpoints -> "module:class" of an `mllm3d.release.convert.Converter`."""
+"""Format of published checkpoints -> "module:class" of a `Converter` or `Reader` of `mllm3d.release.convert`."""
 
 
 def recipe_class(name: str) -> Any:

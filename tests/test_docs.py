@@ -80,6 +80,7 @@ def world(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / ".venv" / "bin" / "activate").touch()
     (folder / "model.py").write_text(START)
     (folder / "contrastive.py").write_text(CONTRASTIVE)
+    (folder / "language.py").write_text(LANGUAGE)
     shell.run(SETUP, folder)
     return folder
 
@@ -104,6 +105,14 @@ from tests.evaluation.tiny_retrieval import save_run
 save_run(Path("runs/quickstart_med3dvlm/contrastive"))
 """
 
+LANGUAGE = """\
+from pathlib import Path
+from tests.release.tiny_gguf import model, tokenizer, write_gguf
+
+Path("models").mkdir()
+write_gguf(Path("models/language.gguf"), model(len(tokenizer())))
+"""
+
 SETUP = """\
 python data/phantom/prepare.py --out runs/quickstart/data --cases 16 --seed 0 --tasks existence --priors 0 \
     --shape 28,56,56 --splits 0.7,0,0.3 --workers 1
@@ -118,6 +127,7 @@ cp CT.nii.gz CT_earlier.nii.gz
 python data/phantom/prepare.py --out runs/quickstart_med3dvlm/data --cases 8 --seed 0 --tasks report --priors 0 \
     --shape 28,56,56 --splits 0.5,0,0.5 --workers 1
 python contrastive.py
+python language.py
 mkdir datasets my_data
 cp runs/quickstart_med3dvlm/data/manifest.jsonl my_data/manifest.jsonl
 printf 'VolumeName,Cardiomegaly\\ncase_00000.nii.gz,1\\ncase_00001.nii.gz,0\\n' > my_data/labels.csv

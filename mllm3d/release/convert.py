@@ -8,7 +8,8 @@ the files. A converted folder holds what the published one had in `published/`, 
     published/                        every other file of the published folder, byte for byte
     published/extras.safetensors      weights that our model has no place for, because nothing reads them
 
-Weights go from file to file one shard at a time, in their own dtype.
+Weights go from file to file one shard at a time, in their own dtype. Where a library reads a format as a whole, its
+`Reader` takes the place of all this.
 """
 
 import json
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from safetensors import SafetensorError, safe_open
 
@@ -84,6 +85,15 @@ class Converter(Protocol):
         ...
 
 
+@runtime_checkable
+class Reader(Protocol):
+    """In place of a `Converter`: a format that is read as a whole by a library, with no way back."""
+
+    def read(self, source: Path, folder: Path) -> str:
+        """Write the model in `source` into `folder`; returns what to tell the user. Raises `UserError`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Weights:
     """The weights of a folder, as the headers of their files have them: by name, the file and the shape."""
@@ -106,7 +116,9 @@ def convert_from(name: str, source: Path, out: Path) -> Path:
     Raises `UserError`, before anything is written, where `source` is not such a checkpoint or not all of it, and
     where `out` is not empty.
     """
-    converter: Converter = converter_class(name)()
+    converter: Converter | Reader = converter_class(name)()
+    if isinstance(converter, Reader):
+        return _read_whole(converter, source, out)
     _check_folders(source, out)
     weights = read_weights(source)
     others = sorted(path for path in source.iterdir() if path.name not in (*weights.names(), CONFIG, INDEX))
@@ -145,7 +157,9 @@ def convert_to(name: str, source: Path, out: Path) -> Path:
     A model that was converted before becomes what it was, tensor by tensor and file by file; another gets a
     config.json of the published kind. Raises `UserError` as `convert_from` does. Returns `out`.
     """
-    converter: Converter = converter_class(name)()
+    converter: Converter | Reader = converter_class(name)()
+    if isinstance(converter, Reader):
+        raise UserError(f"--to {name}: this format is only read; give --from {name}, or name another format")
     _check_folders(source, out)
     if not (source / CONFIG).is_file():
         step = source if (source / MODEL).is_file() else newest_step(source, MODEL)
@@ -167,6 +181,14 @@ def convert_to(name: str, source: Path, out: Path) -> Path:
         _write(layout, folder, indexed=len(layout) > 1 and not (folder / INDEX).is_file())
     left = set() if from_before else set(others) - set(carried)
     _report(out, f"{sum(map(len, layout.values()))} weights of {source}, each accounted for", [], left)
+    return out
+
+
+def _read_whole(reader: Reader, source: Path, out: Path) -> Path:
+    _check_out(out)
+    with _draft(out) as folder:
+        done = reader.read(source, folder)
+    _report(out, done, [], [])
     return out
 
 
@@ -340,6 +362,10 @@ def _draft(out: Path) -> Iterator[Path]:
 def _check_folders(source: Path, out: Path) -> None:
     if not source.is_dir():
         raise UserError(f"{source}: no such folder; download the checkpoint first")
+    _check_out(out)
+
+
+def _check_out(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists already and is not empty; name another folder")
     if not out.absolute().parent.is_dir():
