@@ -88,7 +88,7 @@ quickstart-med3dvlm: $(INSTALLED)
 	$(BIN)/python train.py --config quickstart/med3dvlm/finetune
 	$(BIN)/python eval.py --config quickstart/med3dvlm/finetune
 	$(BIN)/python data/phantom/score_reports.py --manifest $(MED3DVLM)/data/manifest.jsonl \
-	  --predictions $(MED3DVLM)/finetune/evaluation/test/none.jsonl
+	  --predictions $(MED3DVLM)/finetune/evaluation/test/predictions-none.jsonl
 	$(BIN)/mllm3d release --overwrite --merge-lora $(MED3DVLM)/finetune $(MED3DVLM)/release
 	$(BIN)/mllm3d embed --checkpoint $(MED3DVLM)/contrastive --manifest $(MED3DVLM)/data/manifest.jsonl --split test \
 	  --out $(MED3DVLM)/archive

@@ -89,8 +89,8 @@ class Bench:
         if not (found / "reports.json").is_file() and not self.runs.quick:
             self.runs.call(
                 f"{self.name(row)}-reports", "data/phantom/score_reports.py",
-                *("--predictions", str(found / "none.jsonl"), "--manifest", str(self.runs.out / "data/manifest.jsonl")),
-                *("--json", str(found / "reports.json")),
+                *("--manifest", str(self.runs.out / "data/manifest.jsonl"), "--json", str(found / "reports.json")),
+                *("--predictions", str(found / "predictions-none.jsonl")),
             )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Score generated reports by what they affirm, beside reports that were written without looking.
 
-    python data/phantom/score_reports.py --predictions runs/X/evaluation/test/none.jsonl --manifest MANIFEST
+    python data/phantom/score_reports.py --predictions runs/X/evaluation/test/predictions-none.jsonl --manifest MANIFEST
 
 For organs, findings, and findings with their place: recall is the share of the reference's findings that the
 report names (for organs: of those whose organ it calls abnormal), precision the share of what it names that the

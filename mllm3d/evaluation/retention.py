@@ -20,7 +20,6 @@ from mllm3d.evaluation.predictions import Sample
 from mllm3d.evaluation.regions import KINDS, Named, Of
 
 LabelMap = Callable[[Row], np.ndarray]
-UNINFORMATIVE = "none"  # the mode that keeps every token: nothing to say of it
 
 
 class TaskRetention(Settings):
@@ -122,7 +121,7 @@ def measure(
     label_map: LabelMap,
     block_share: float,
 ) -> dict[str, ModeRetention]:
-    """Statistics per mode, but for the one that keeps everything.
+    """Statistics per mode, but for those that keep everything.
 
     samples: per mode in the order of `rows`; named: what each row names; label_map: a row's labels on the
     model's grid; block_share: share of a token's voxels that a region must fill to count as held by it (0: any).
@@ -130,7 +129,7 @@ def measure(
     questions = {
         mode: [_question(*item) for item in zip(rows, items, named, strict=True)]
         for mode, items in samples.items()
-        if mode != UNINFORMATIVE
+        if any(item.tokens_after < item.tokens_before for item in items)
     }
     hits = _hits(questions, label_map, block_share)
     return {mode: _mode(items, hits[mode]) for mode, items in questions.items()}
