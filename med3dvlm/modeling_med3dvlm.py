@@ -7,6 +7,8 @@ What differs from joining the three parts by hand:
 - rows that share a volume (``group_index``) share its encoding, and, where the language model lets them, also what it
   computes for the image tokens: these stand before the question, so that all rows of a volume see them alike;
 - features that were computed once and kept (``features``) do in place of volumes;
+- behind shared image tokens, rows of much different length go through the language model apart
+  (:mod:`med3dvlm.buckets`), so that a question is not padded to the length of a report;
 - logits are computed where there is a label, or for the last token.
 """
 
@@ -23,6 +25,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, Pr
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
+from med3dvlm.buckets import length_buckets
 from med3dvlm.configuration_med3dvlm import Med3DVLMConfig
 from med3dvlm.encoders import build_encoder
 from med3dvlm.features import Features, VolumeEncoder
@@ -266,12 +269,15 @@ class Med3DVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         rows = self.embed(input_ids, attention_mask, volumes, features, group_index)
         output = Med3DVLMOutput(image_embeds=rows.image)
         wanted = _last(rows.mask) if labels is None else F.pad(labels[:, 1:] != IGNORE, (0, 1))
-        start, inputs = 0, {"inputs_embeds": rows.embeds, **self._positions(rows)}
+        prefix = None
         if share_prefix and rows.shared and bool(rows.mask[:, 0].all() & ~wanted[:, : rows.shared].any()):
-            start, inputs = self._after_prefix(rows, inputs)
-        with _only_at(self.get_output_embeddings(), wanted[:, start:]):
-            usual = {"attention_mask": rows.mask, "use_cache": start > 0, "return_dict": True}
-            output.logits = self.language_model(**{**usual, **inputs, **kwargs}).logits[0]
+            prefix = self._prefix_cache(rows)
+        usual = {"use_cache": prefix is not None, "return_dict": True, **kwargs}
+        if prefix is None:
+            inputs = {"inputs_embeds": rows.embeds, "attention_mask": rows.mask, **self._positions(rows)}
+            output.logits = self._logits(wanted, {**inputs, **usual})
+        else:
+            output.logits = self._after_prefix(rows, prefix, wanted, usual)
         if labels is None:
             output.logits = output.logits[:, None]
             return output
@@ -286,13 +292,13 @@ class Med3DVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return {"position_ids": rows.position_ids} if taken else {}
 
     def _prefix_cache(self, rows: Embedded) -> DynamicCache | None:
-        """Keys and values of the first ``rows.shared`` tokens, one copy for each row; None where that cannot be."""
+        """Keys and values of the first ``rows.shared`` tokens of each volume; None where that cannot be."""
         checkpointed = (getattr(module, "gradient_checkpointing", False) for module in self.language_model.modules())
         if not rows.shared or (self.training and any(checkpointed)):  # such layers keep no cache
             return None
         if any(hasattr(parameter, "ds_id") for parameter in self.language_model.parameters()):
             return None  # under ZeRO-3 all ranks have to run the same modules equally often
-        cache = DynamicCache(config=self.language_model.config.get_text_config(decoder=True))
+        cache = self._empty_cache()
         if not all(type(layer) is DynamicLayer for layer in cache.layers):
             return None
         assert rows.image is not None and rows.owner is not None
@@ -305,15 +311,44 @@ class Med3DVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model.base_model(
             inputs_embeds=prefix, attention_mask=mask, past_key_values=cache, use_cache=True, return_dict=True
         )
-        cache.batch_select_indices(rows.owner)
         return cache
 
-    def _after_prefix(self, rows: Embedded, inputs: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Where the language model has to start, and what it needs, once the shared tokens are computed."""
-        cache = self._prefix_cache(rows)
-        if cache is None:
-            return 0, inputs
-        return rows.shared, {**{k: v[:, rows.shared :] for k, v in inputs.items()}, "past_key_values": cache}
+    def _empty_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.language_model.config.get_text_config(decoder=True))
+
+    def _rows_of(self, prefix: DynamicCache, owner: Tensor) -> DynamicCache:
+        """Keys and values of volumes, once for each row about them: ``owner`` (G)."""
+        cache = self._empty_cache()
+        for number, layer in enumerate(prefix.layers):
+            cache.update(layer.keys[owner], layer.values[owner], number)
+        return cache
+
+    def _after_prefix(self, rows: Embedded, prefix: DynamicCache, wanted: Tensor, usual: dict[str, Any]) -> Tensor:
+        """``(A, V)`` logits once the shared tokens are computed, rows of similar length at a time.
+
+        Arguments of the caller's own may be one for each row: then all rows go together.
+        """
+        assert rows.owner is not None
+        lengths, start = rows.mask.long().sum(1), rows.shared
+        together = any(isinstance(value, Tensor) for value in usual.values())
+        everyone = torch.arange(len(lengths), device=lengths.device)
+        parts, places = [], []
+        for own in [everyone] if together else length_buckets(lengths - start):
+            end = wanted.shape[1] if together else int(lengths[own].max())
+            whole = {"inputs_embeds": rows.embeds, **self._positions(rows)}
+            inputs: dict[str, Any] = {name: value[own, start:end] for name, value in whole.items()}
+            cache = self._rows_of(prefix, rows.owner[own])
+            inputs |= {"attention_mask": rows.mask[own, :end], "past_key_values": cache}
+            here = wanted[own, start:end]
+            parts.append(self._logits(here, {**inputs, **usual}))
+            row, place = here.nonzero(as_tuple=True)
+            places.append(own[row] * wanted.shape[1] + place)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.cat(places).argsort()]
+
+    def _logits(self, wanted: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """``(A, V)`` logits of the language model at the wanted places ``(G, L)``, row by row."""
+        with _only_at(self.get_output_embeddings(), wanted):
+            return self.language_model(**inputs).logits[0]
 
     @torch.no_grad()
     def generate(
@@ -343,12 +378,13 @@ class Med3DVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         copies = [kwargs.get(name) or getattr(settings, name) or 1 for name in ("num_beams", "num_return_sequences")]
         ids = input_ids
         share_prefix = share_prefix and max(copies) == 1 and kwargs.get("past_key_values") is None
-        if share_prefix and (cache := self._prefix_cache(rows)) is not None:
+        if share_prefix and (prefix := self._prefix_cache(rows)) is not None:
+            assert rows.owner is not None
             # Padding goes between the shared tokens and the rest, as the cache of the first comes first.
             order = _padding_inside(rows.mask, rows.shared)
             ids, rows.mask = ids.gather(1, order), rows.mask.gather(1, order)
             rows.embeds = rows.embeds.gather(1, order[..., None].expand_as(rows.embeds))
-            kwargs["past_key_values"] = cache
+            kwargs["past_key_values"] = self._rows_of(prefix, rows.owner)
         found = self.language_model.generate(
             ids, inputs_embeds=rows.embeds, attention_mask=rows.mask, generation_config=settings, **kwargs
         )

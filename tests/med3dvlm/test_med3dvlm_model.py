@@ -109,6 +109,11 @@ def test_what_a_shared_prefix_saves() -> None:
     length = batch["input_ids"].shape[1]
     seen = lengths_of_passes(model)
     model(**batch)
+    lengths = sorted((batch["attention_mask"].sum(1) - IMAGE_TOKENS + 1).tolist())
+    assert lengths[2] < lengths[3] / 2 < lengths[0] * 2  # the longest row goes alone
+    assert seen == [(2, IMAGE_TOKENS - 1), (3, lengths[2]), (1, lengths[3])]
+    seen.clear()
+    model(**batch, position_ids=batch["attention_mask"].cumsum(1)[:, IMAGE_TOKENS - 1 :] - 1)  # a row for each
     assert seen == [(2, IMAGE_TOKENS - 1), (4, length - IMAGE_TOKENS + 1)]
     seen.clear()
     model(**batch, share_prefix=False)
