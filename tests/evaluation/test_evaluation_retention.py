@@ -244,9 +244,11 @@ def test_maps_are_read_once_and_only_where_needed() -> None:
         return MAPS[row.volume]
 
     named = [named_regions(row, EvaluationConfig()) for row in rows]
-    modes = measure({"scheduled": samples, "none": samples, "random": samples}, rows, named, label_map, 0.0)
+    everything = [sample.model_copy(update={"tokens_after": sample.tokens_before}) for sample in samples]
+    answered = {"scheduled": samples, "none": everything, "zeroed": everything, "random": samples}
+    modes = measure(answered, rows, named, label_map, 0.0)
     assert read == ["first", "second"]
-    assert list(modes) == ["scheduled", "random"]  # `none` keeps everything
+    assert list(modes) == ["scheduled", "random"]  # there is nothing to say of modes that keep everything
 
 
 def test_tables_show_the_figures() -> None:
