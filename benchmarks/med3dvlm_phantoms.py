@@ -18,10 +18,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from running import ROOT, Runs, cores, keep_table, percent, prepare_folder
+
 from mllm3d.errors import UserError
 from mllm3d.evaluation.results import Results, read_results
 from mllm3d.evaluation.retrieval_run import RetrievalResults
-from runs import ROOT, Runs, cores, keep_table, percent, prepare_folder
 
 CONFIGS = ROOT / "configs/quickstart/med3dvlm"
 PHANTOMS = (

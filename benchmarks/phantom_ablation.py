@@ -23,10 +23,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from running import Runs, cores, keep_table, percent, prepare_folder
+
 from mllm3d.errors import UserError
 from mllm3d.evaluation.results import Results, read_results
 from mllm3d.evaluation.retention import Retention
-from runs import Runs, cores, keep_table, percent, prepare_folder
 
 CONFIGS = Path(__file__).resolve().with_suffix("")
 FINDINGS = ("lung nodule", "liver lesion", "kidney cyst", "kidney tumour", "pleural effusion", "splenomegaly")
