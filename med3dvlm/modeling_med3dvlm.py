@@ -12,6 +12,7 @@ What differs from joining the three parts by hand:
 - logits are computed where there is a label, or for the last token.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -374,8 +375,9 @@ class Med3DVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):
             raise ValueError("attention_mask: a prompt ends with padding; pad on the left to generate")
         rows = self.embed(input_ids, attention_mask, volumes, features, group_index)
-        settings = kwargs.pop("generation_config", None) or self.generation_config
-        copies = [kwargs.get(name) or getattr(settings, name) or 1 for name in ("num_beams", "num_return_sequences")]
+        settings = copy.deepcopy(kwargs.pop("generation_config", None) or self.generation_config)
+        kwargs = settings.update(**kwargs)  # what is left is for the language model
+        copies = [getattr(settings, name) or 1 for name in ("num_beams", "num_return_sequences")]
         ids = input_ids
         share_prefix = share_prefix and max(copies) == 1 and kwargs.get("past_key_values") is None
         if share_prefix and (prefix := self._prefix_cache(rows)) is not None:
