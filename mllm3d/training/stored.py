@@ -2,12 +2,24 @@
 
 import os
 import pickle
+from enum import Enum
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from mllm3d.errors import UserError
+
+
+class _Pickler(pickle.Pickler):
+    """Writes members of an enumeration by their value.
+
+    So does pickle itself, but in Python 3.11.0 to 3.11.3: there it writes a call of `getattr`, which must not be read.
+    """
+
+    def reducer_override(self, value: Any) -> Any:
+        return (type(value), (value.value,)) if isinstance(value, Enum) else NotImplemented
 
 
 class StateFiles(TorchCheckpointEngine):
@@ -26,7 +38,7 @@ class StateFiles(TorchCheckpointEngine):
     def save(self, state_dict: dict[str, Any], path: str) -> None:
         try:
             with open(path, "wb") as file:
-                torch.save(state_dict, file)
+                torch.save(state_dict, file, pickle_module=SimpleNamespace(Pickler=_Pickler, __name__=pickle.__name__))
                 file.flush()
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import nn
 
 from mllm3d.config import Config, OptimizerConfig, config_to_yaml
@@ -194,6 +195,15 @@ def test_state_files_refuse_pickles_that_run_code(tmp_path: Path) -> None:
     assert not (tmp_path / "planted").exists()
     with file.open("rb") as stream, pytest.raises(pickle.UnpicklingError):
         torch.load(stream, weights_only=True)
+
+
+def test_state_files_keep_members_of_enumerations(tmp_path: Path) -> None:
+    files = StateFiles()
+    files.save({"stage": ZeroStageEnum.gradients}, str(tmp_path / "state.pt"))
+    assert not files.failures
+    assert files.load(str(tmp_path / "state.pt"))["stage"] is ZeroStageEnum.gradients
+    # Python 3.11.0 to 3.11.3 would write a call of getattr.
+    assert b"getattr" not in (tmp_path / "state.pt").read_bytes()
 
 
 def test_state_files_keep_a_failed_write_for_later(tmp_path: Path) -> None:
