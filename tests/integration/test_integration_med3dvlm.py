@@ -84,7 +84,11 @@ def runs(folder: Path) -> dict[str, Run]:
             "data.validation_split=validation",
         ],
         # Adam with this epsilon moves a weight by its gradient: rounding stays rounding where the gradient is near 0.
-        "finetune": [f"model.checkpoint={folder / 'projector'}", "training.optimizer.eps=0.01"],
+        # Muon would make as much of a gradient near 0 as of another.
+        "finetune": [
+            f"model.checkpoint={folder / 'projector'}",
+            "training.optimizer={name: adamw, lr: 1e-3, eps: 0.01, schedule: cosine, warmup: 20}",
+        ],
     }
     plan: dict[str, Any] = {}
 
@@ -167,9 +171,7 @@ def test_every_question_is_answered_with_the_volume_and_without(evaluated: Path,
     table = (evaluated / "table.md").read_text()
     assert all(task in table for task in ("report", "existence", "abnormality"))
     modes = json.loads((evaluated / "retention.json").read_text())["modes"]
-    assert {mode: (found["questions"], found["without_mask"]) for mode, found in modes.items()} == {
-        "zeroed": (0, len(asked))
-    }
+    assert modes == {}  # nothing is dropped
 
 
 def test_questions_are_asked_as_they_were_trained(
