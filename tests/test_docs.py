@@ -124,8 +124,8 @@ mllm3d release runs/quickstart/phase2 runs/quickstart/release
 cp -r runs/quickstart/phase2 runs/photon_phase2
 cp runs/quickstart/data/volumes/case_01199.nii.gz CT.nii.gz
 cp CT.nii.gz CT_earlier.nii.gz
-python data/phantom/prepare.py --out runs/quickstart_med3dvlm/data --cases 8 --seed 0 --tasks report existence --priors 0 \
-    --shape 28,56,56 --splits 0.5,0,0.5 --workers 1
+python data/phantom/prepare.py --out runs/quickstart_med3dvlm/data --cases 8 --seed 0 --priors 0 \
+    --tasks report existence --shape 28,56,56 --splits 0.5,0,0.5 --workers 1
 python contrastive.py
 python language.py
 mkdir datasets my_data
