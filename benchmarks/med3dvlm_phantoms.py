@@ -13,12 +13,11 @@ What is finished in --out is not run again, so that an interrupted benchmark goe
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from running import ROOT, Runs, cores, keep_table, percent, prepare_folder
+from running import ROOT, Runs, cores, keep_table, or_exit, percent, prepare_folder
 
 from mllm3d.errors import UserError
 from mllm3d.evaluation.results import Results, read_results
@@ -210,10 +209,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    try:
-        run(parse(arguments))
-    except UserError as error:
-        sys.exit(f"med3dvlm_phantoms.py: {error}")
+    args = parse(arguments)
+    or_exit("med3dvlm_phantoms.py", lambda: run(args))
 
 
 if __name__ == "__main__":

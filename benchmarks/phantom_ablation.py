@@ -17,13 +17,12 @@ benchmarks/phantom_ablation/.
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from running import Runs, cores, keep_table, percent, prepare_folder
+from running import Runs, cores, keep_table, or_exit, percent, prepare_folder
 
 from mllm3d.errors import UserError
 from mllm3d.evaluation.results import Results, read_results
@@ -295,10 +294,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    try:
-        run(parse(arguments))
-    except UserError as error:
-        sys.exit(f"phantom_ablation.py: {error}")
+    args = parse(arguments)
+    or_exit("phantom_ablation.py", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +89,14 @@ def prepare_folder(out: Path, identity: Mapping[str, object]) -> None:
         raise UserError(f"--out {out}: made with other settings ({file}); remove it or name another folder")
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(identity) + "\n", encoding="utf-8")
+
+
+def or_exit(program: str, run: Callable[[], None]) -> None:
+    """Run; an error that a user can mend ends the program with its line."""
+    try:
+        run()
+    except UserError as error:
+        sys.exit(f"{program}: {error}")
 
 
 def percent(shares: Sequence[float | None]) -> str:

@@ -16,6 +16,7 @@ from mllm3d.config import load
 from mllm3d.evaluation.results import Results
 from mllm3d.evaluation.retention import Coverage, ModeRetention, Retention
 from mllm3d.evaluation.scoring import ModeSummary, Score, TableRow
+from tests.benchmarks.fake_programs import replaced
 
 PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "phantom_ablation.py"
 
@@ -139,25 +140,13 @@ def test_settings_of_every_row_are_known_and_differ(ablation, tmp_path):
 @pytest.fixture
 def programs(ablation, monkeypatch) -> list[list[str]]:
     """Programs that would have run, instead of running them; training leaves a checkpoint, asking its files."""
-    calls: list[list[str]] = []
 
-    def called(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        calls.append(command[1:])
-        output = next((Path(word.partition("=")[2]) for word in command if word.startswith("run.output=")), None)
-        if command[1].endswith("train.py"):
-            assert output is not None
-            (output / "checkpoints").mkdir(parents=True)
-            (output / "checkpoints/latest").write_text("step_4")
-        elif command[1].endswith("eval.py"):
-            assert output is not None
-            modes = next(word.partition("=")[2] for word in command if word.startswith("evaluation.modes="))
-            write_run(output / "evaluation/test", 0.7, tuple(json.loads(modes)))
-        else:
-            Path(command[command.index("--out") + 1]).mkdir()
-        return subprocess.CompletedProcess(command, 0)
+    def others(call: list[str], output: Path | None) -> None:
+        assert output is not None and call[0].endswith("eval.py")
+        modes = next(word.partition("=")[2] for word in call if word.startswith("evaluation.modes="))
+        write_run(output / "evaluation/test", 0.7, tuple(json.loads(modes)))
 
-    monkeypatch.setattr(subprocess, "run", called)
-    return calls
+    return replaced(monkeypatch, others)
 
 
 def test_finished_parts_are_not_run_again(ablation, programs, tmp_path):

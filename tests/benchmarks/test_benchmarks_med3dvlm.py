@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from mllm3d.evaluation.results import Results
 from mllm3d.evaluation.retrieval import Recall
 from mllm3d.evaluation.retrieval_run import RetrievalResults
 from mllm3d.evaluation.scoring import ModeSummary, Score, TableRow
+from tests.benchmarks.fake_programs import replaced
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -71,28 +71,19 @@ def write_language(folder: Path) -> None:
 @pytest.fixture
 def programs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Programs are not run; what they would leave is written."""
-    calls: list[list[str]] = []
 
-    def called(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        calls.append(command[1:])
-        output = next((Path(word.partition("=")[2]) for word in command if word.startswith("run.output=")), None)
-        if command[1].endswith("train.py"):
-            assert output is not None
-            (output / "checkpoints").mkdir(parents=True)
-            (output / "checkpoints/latest").write_text("step_4")
-        elif command[1].endswith("eval.py"):
-            assert output is not None
-            asked = any(word.endswith("finetune.yaml") for word in command)
-            (write_language if asked else lambda folder: write_retrieval(folder, 0.2))(output / "evaluation/test")
-        elif command[1].endswith("score_reports.py"):
+    def others(call: list[str], output: Path | None) -> None:
+        if call[0].endswith("score_reports.py"):
             figures = {f"{level} F1": {"model": 0.8, "random": 0.6} for level in ("organ", "finding with place")}
-            Path(command[command.index("--json") + 1]).write_text(json.dumps({"figures": figures}))
+            Path(call[call.index("--json") + 1]).write_text(json.dumps({"figures": figures}))
+            return
+        assert output is not None
+        if any(word.endswith("finetune.yaml") for word in call):
+            write_language(output / "evaluation/test")
         else:
-            Path(command[command.index("--out") + 1]).mkdir()
-        return subprocess.CompletedProcess(command, 0)
+            write_retrieval(output / "evaluation/test", 0.2)
 
-    monkeypatch.setattr(subprocess, "run", called)
-    return calls
+    return replaced(monkeypatch, others)
 
 
 def test_a_projector_row_runs_what_it_needs_once(bench, programs, tmp_path):
