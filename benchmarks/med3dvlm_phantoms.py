@@ -33,11 +33,13 @@ PHANTOMS = (
 """As the quickstart's."""
 VIT3D = {"name": "vit3d", "patch": [8, 8, 8], "width": 128, "hidden": 384, "layers": 3, "heads": 4, "pool": 2}
 CLIP = ("model.loss=clip", "model.start=published")
+BASELINE = ("model.encoder=null", f"model.encoder={json.dumps(VIT3D)}")
+"""Null first: a mapping is merged into the config's, key by key."""
 ENCODERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "dcformer-siglip": ("DCFormer-nano, SigLIP", ()),
     "dcformer-clip": ("DCFormer-nano, CLIP", CLIP),
-    "vit3d-siglip": ("ViT-3D, SigLIP", (f"model.encoder={json.dumps(VIT3D)}",)),
-    "vit3d-clip": ("ViT-3D, CLIP", (f"model.encoder={json.dumps(VIT3D)}", *CLIP)),
+    "vit3d-siglip": ("ViT-3D, SigLIP", BASELINE),
+    "vit3d-clip": ("ViT-3D, CLIP", (*BASELINE, *CLIP)),
 }
 """Row -> title in Table 5, and what differs from contrastive.yaml."""
 PROJECTORS = ("2xMLP", "2xMLP-H", "1xMLP-Mixer-H", "2xMLP-Mixer-H")
