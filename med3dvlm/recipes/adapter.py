@@ -35,6 +35,13 @@ class Med3DVLMAdapter:
     @classmethod
     def load(cls, directory: Path, device: torch.device, dtype: torch.dtype) -> Self:
         """Strict: weights that do not fit raise `UserError`."""
+        adapter = cls._read(directory, device, dtype)
+        if dtype == torch.float32:  # two products fewer for each layer and token; in bfloat16 the sum would be rounded
+            merge_lora(adapter.model)
+        return adapter
+
+    @classmethod
+    def _read(cls, directory: Path, device: torch.device, dtype: torch.dtype) -> Self:
         try:
             with without_bars():
                 model = read_model(directory, dtype)
@@ -50,7 +57,7 @@ class Med3DVLMAdapter:
     @classmethod
     def save_merged(cls, directory: Path, out: Path) -> None:
         """The model with its adapters added to the language model's weights, in the precision that it is stored in."""
-        adapter = cls.load(directory, torch.device("cpu"), torch.float32)
+        adapter = cls._read(directory, torch.device("cpu"), torch.float32)
         model = adapter.model
         if model.config.lora is None:
             raise UserError(f"--merge-lora: {directory}: has no adapters, or they are merged already; leave it out")
