@@ -3,6 +3,7 @@
 Legend: B rows of a batch, L columns (tokens of the prompt), S slices of a volume, M tokens of a slice.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -80,21 +81,47 @@ def volumes_of(runs: Sequence[Run], label_tokens: int) -> list[Volume]:
     return volumes
 
 
-def runs_of(columns: Tensor, row: int, grids: Sequence[tuple[int, int, int]], video: bool) -> Iterator[Run]:
-    """Runs of a row from the columns of its placeholders and the (t, h, w) grids, in tokens, of what is shown.
+Grid = tuple[int, int, int]
+"""(T, H, W) of what is shown, in tokens."""
+
+
+def volumes_in(
+    ids: Tensor, token: int, grids: Sequence[Grid], images: Sequence[bool], label_tokens: int
+) -> list[Volume]:
+    """Volumes of prompts (B, L) whose visual ``token`` stands for what is shown, row after row.
+
+    Args:
+        grids: of each image and video. images: which of them are images.
+        label_tokens: see :func:`volumes_of`.
 
     Raises:
-        ValueError: their numbers do not fit, or a slice's placeholders are torn apart.
+        ValueError: the placeholders do not fit what is shown, or those of a slice are torn apart.
     """
-    total = sum(t * h * w for t, h, w in grids)
-    if total != len(columns):
-        raise ValueError(f"input_ids: {len(columns)} placeholders in row {row}, {total} visual tokens in the grids")
-    places, at = columns.tolist(), 0
-    for part, (t, h, w) in enumerate(grids):
+    found: list[Volume] = []
+    first = 0
+    for row, of_row in enumerate(ids):
+        columns = (of_row == token).nonzero()[:, 0].tolist()
+        last, count = first, 0
+        while count < len(columns) and last < len(grids):
+            count += math.prod(grids[last])
+            last += 1
+        if count != len(columns):
+            raise ValueError(f"input_ids: {len(columns)} placeholders in row {row}, {count} visual tokens in the grids")
+        found += volumes_of(list(_runs(columns, row, grids[first:last], images[first:last])), label_tokens)
+        first = last
+    if first < len(grids):
+        raise ValueError(f"input_ids: no placeholders for the last {len(grids) - first} of the images or videos")
+    return found
+
+
+def _runs(columns: Sequence[int], row: int, grids: Sequence[Grid], images: Sequence[bool]) -> Iterator[Run]:
+    """Of a row, from the columns of its placeholders."""
+    at = 0
+    for part, ((t, h, w), image) in enumerate(zip(grids, images, strict=True)):
         for _ in range(t):
-            if places[at + h * w - 1] - places[at] != h * w - 1:
+            if columns[at + h * w - 1] - columns[at] != h * w - 1:
                 raise ValueError(f"input_ids: the placeholders of a slice in row {row} do not stand side by side")
-            yield Run(row, places[at], (h, w), part if video else -1)
+            yield Run(row, columns[at], (h, w), -1 if image else part)
             at += h * w
 
 

@@ -16,7 +16,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 from transformers.vision_utils import get_vision_window_index
 
 from medpruner.backbones.base import Columns, Encoded, Inputs
-from medpruner.slices import Run, Volume, runs_of, volumes_of
+from medpruner.slices import Volume, volumes_in
 from medpruner.towers import QueriesKeys, Reading, reading
 
 IMAGE, VIDEO = ("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")
@@ -44,26 +44,11 @@ class QwenVL:
     # --- where slices are ---------------------------------------------------------------------------------
 
     def volumes(self, inputs: Inputs, label_tokens: int) -> list[Volume]:
-        ids, rows = inputs["input_ids"], []
-        for (pixels, grid), token in ((IMAGE, self.config.image_token_id), (VIDEO, self.config.video_token_id)):
-            if inputs.get(pixels) is not None:
-                rows.append(self._volumes(ids, inputs[grid], token, pixels == VIDEO[0], label_tokens))
-        return [volume for kind in rows for volume in kind]
-
-    def _volumes(self, ids: Tensor, grid: Tensor, token: int, video: bool, label_tokens: int) -> list[Volume]:
-        grids = [(t, h // self.merge, w // self.merge) for t, h, w in grid.tolist()]
         found: list[Volume] = []
-        for row, of_row in enumerate(ids):
-            columns = (of_row == token).nonzero()[:, 0]
-            taken, count = 0, 0
-            while count < len(columns) and taken < len(grids):
-                count += grids[taken][0] * grids[taken][1] * grids[taken][2]
-                taken += 1
-            runs: list[Run] = list(runs_of(columns, row, grids[:taken], video))
-            grids = grids[taken:]
-            found += volumes_of(runs, label_tokens)
-        if grids:
-            raise ValueError(f"input_ids: no placeholders for the last {len(grids)} of the images or videos")
+        for kind, token in ((IMAGE, self.config.image_token_id), (VIDEO, self.config.video_token_id)):
+            if inputs.get(kind[0]) is not None:
+                grids = [(t, h // self.merge, w // self.merge) for t, h, w in inputs[kind[1]].tolist()]
+                found += volumes_in(inputs["input_ids"], token, grids, [kind is IMAGE] * len(grids), label_tokens)
         return found
 
     # --- the tower ----------------------------------------------------------------------------------------
