@@ -17,7 +17,7 @@ from mllm3d.data.preprocess import prepare
 from mllm3d.data.prompts import target_text
 from mllm3d.data.volumes import read_volume
 from mllm3d.inference.checkpoint import open_checkpoint
-from tests.integration.launching import PYTHON, Run, launch_many, read_metrics, read_weights, start
+from tests.integration.launching import PYTHON, TORCHRUN, Run, launch_many, read_metrics, read_weights, start
 
 STAGES = ("bert", "decoder", "contrastive", "projector", "finetune")
 SHAPE = [32, 32, 64]
@@ -67,6 +67,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def arguments(folder: Path, stage: str, name: str, *settings: str) -> list[str]:
+    """Of train.py: a stage of the quickstart in two steps of two volumes."""
+    where = [f"data.manifest={folder / 'data' / 'manifest.jsonl'}", f"run.output={folder / name}"]
+    short = ["training.max_steps=2", "training.volumes_per_batch=2", "training.log_every=1", "run.threads=1"]
+    return ["--config", f"quickstart/med3dvlm/{stage}", *where, f"volume.shape={SHAPE}", *short, *settings]
+
+
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> dict[str, Run]:
     """The configs of the quickstart with numbers made small, and two of them again with other caching."""
@@ -93,10 +100,7 @@ def runs(folder: Path) -> dict[str, Run]:
     plan: dict[str, Any] = {}
 
     def add(stage: str, name: str, *more: str) -> None:
-        where = [f"data.manifest={folder / 'data' / 'manifest.jsonl'}", f"run.output={folder / name}"]
-        short = ["training.max_steps=2", "training.volumes_per_batch=2", "training.log_every=1", "run.threads=1"]
-        config = ["--config", f"quickstart/med3dvlm/{stage}"]
-        plan[name] = {"train": [*config, *where, f"volume.shape={SHAPE}", *short, *own[stage], *more]}
+        plan[name] = {"train": arguments(folder, stage, name, *own[stage], *more)}
 
     for stage in STAGES:
         add(stage, stage, *(["training.save_every=1"] if stage == "finetune" else []))
@@ -143,6 +147,50 @@ def test_features_train_as_volumes_do(trained: Path) -> None:
     assert moved > 1e-5
     for name in mine:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-6, atol=1e-3 * moved, msg=name)
+
+
+# --- two ranks ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks(trained: Path, folder: Path) -> dict[str, Path]:
+    """The three stages on two ranks (stages 2 and 3 with a volume each), and stages 2 and 3 on one rank with both."""
+    encoder = "model.encoder={name: dcformer-nano, widths: [4, 4, 6, 8, 12], kernels: [3, 3, 3, 3]}"
+    adam = "training.optimizer={name: adamw, lr: 1e-3, eps: 0.01, schedule: cosine, warmup: 20}"
+
+    def plan(stages: dict[str, str], volumes: int) -> dict[str, Any]:
+        """stages: stage -> name of its run."""
+        batch = f"training.volumes_per_batch={volumes}"
+        encoded, projector = f"model.encoder={folder / 'contrastive_ranks'}", stages["projector"]
+        language = [f"model.language_model={folder / 'decoder'}", "model.mixed_tokens=4"]
+        own = {
+            "contrastive": [encoder, f"model.text_encoder={folder / 'bert'}"],
+            "projector": [encoded, *language, adam, batch],
+            "finetune": [f"model.checkpoint={folder / projector}", "model.lora.dropout=0.0", adam, batch],
+        }
+        return {s: {"train": arguments(folder, s, name, *own[s])} for s, name in stages.items()}
+
+    apart = {stage: f"{stage}_ranks" for stage in STAGES[2:]}
+    together = {stage: f"{stage}_one" for stage in STAGES[3:]}
+    for launcher, stages, volumes in ((TORCHRUN, apart, 1), (PYTHON, together, 2)):
+        done = launch_many(launcher, plan(stages, volumes), folder / f"plan_{len(stages)}")
+        for run in done.values():
+            assert run.status == 0, run.err
+    return {name: folder / name for name in (*apart.values(), *together.values())}
+
+
+def test_two_ranks_train_as_one_with_their_volumes(ranks: dict[str, Path]) -> None:
+    """Stage 1 has batch statistics of each rank's own volumes, so only the other two have an equal on one rank."""
+    assert all(np.isfinite(line["loss"]) for line in read_metrics(ranks["contrastive_ranks"]))
+    for stage in STAGES[3:]:
+        mine, theirs = read_metrics(ranks[f"{stage}_ranks"]), read_metrics(ranks[f"{stage}_one"])
+        assert len(mine) == 2
+        for line, other in zip(mine, theirs, strict=True):
+            assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)  # float32, summed in another order
+        apart, together = read_weights(ranks[f"{stage}_ranks"]), read_weights(ranks[f"{stage}_one"])
+        assert apart.keys() == together.keys()
+        for name in apart:
+            torch.testing.assert_close(apart[name], together[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 # --- asked --------------------------------------------------------------------------------------------------
