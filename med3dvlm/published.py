@@ -72,6 +72,7 @@ class Conversion:
         shapes: by the name afterwards; the numbers keep their order.
         equal: pairs of the source's weights that must be equal, because the model ties them.
         volume: how the model's volumes are prepared, beside the preset.
+        files: further files of the new folder, name -> text.
     """
 
     config: str
@@ -79,6 +80,7 @@ class Conversion:
     shapes: dict[str, Shape]
     equal: tuple[tuple[str, str], ...] = ()
     volume: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def published_name(key: str, model_type: str) -> str:

@@ -159,11 +159,17 @@ def _add_predict(commands: "argparse._SubParsersAction", common: argparse.Argume
     parser.add_argument("--modality", choices=("ct", "mr"), default="ct", help="how intensities are scaled")
     modes = ("scheduled", "none", "random", "noisy", "evicted")
     parser.add_argument("--mode", choices=modes, default="scheduled", help="token dropping, as evaluation.modes")
+    parser.add_argument("--pruner", metavar="NAME", help="medpruner method of a slice-wise model, as evaluation.pruner")
+    parser.add_argument(
+        "--pruner-set", metavar="KEY=VALUE", action="append", help="a setting of the method; may be repeated"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer, in tokens")
     parser.add_argument("--device", help="for example cuda:1 or cpu; default: a GPU where there is one")
     parser.add_argument("--json", action="store_true", help="print the answer with keep rate and timing")
     drawn = "draw which tokens stayed; those of a --prior go beside it, as NAME_prior.png"
     parser.add_argument("--evidence", type=Path, metavar="PNG", help=drawn)
+    sheet = "draw what stayed of each slice along the volume, and where on it"
+    parser.add_argument("--evidence-slices", type=Path, metavar="PNG", help=sheet)
     parser.add_argument(
         "--evidence-nifti", type=Path, metavar="NII", help="the same as a mask on the volume's own grid"
     )
@@ -244,7 +250,7 @@ def _add_convert(commands: "argparse._SubParsersAction", common: argparse.Argume
     parser = commands.add_parser("convert", parents=[common], help="convert a published checkpoint, or back to one")
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--from", dest="origin", metavar="NAME", help="what SRC is: photon, med3dvlm or gguf")
-    direction.add_argument("--to", dest="target", metavar="NAME", help="format of DST: photon or med3dvlm")
+    direction.add_argument("--to", dest="target", metavar="NAME", help="format of DST: photon, med3dvlm or qwen2_5_vl")
     parser.add_argument(
         "source", metavar="SRC", type=Path, help="folder or .gguf file to read; with --to also a run or its step"
     )

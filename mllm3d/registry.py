@@ -24,6 +24,8 @@ RECIPES: dict[str, str] = {
 ADAPTERS: dict[str, str] = {
     "med3dvlm": "med3dvlm.recipes.adapter:Med3DVLMAdapter",
     "photon": "photon.recipes.adapter:PhotonAdapter",
+    "qwen2_5_vl": "medpruner.recipes.adapter:SlicewiseAdapter",
+    "qwen3_vl": "medpruner.recipes.adapter:SlicewiseAdapter",
 }
 """`model_type` of a checkpoint's config.json -> "module:class" of an `mllm3d.inference.adapter.Adapter`."""
 
@@ -37,6 +39,7 @@ CONVERTERS: dict[str, str] = {
     "gguf": "mllm3d.release.gguf:Gguf",
     "med3dvlm": "med3dvlm.published:PublishedMed3DVLM",
     "photon": "photon.published:PublishedPhoton",
+    "qwen2_5_vl": "photon.slicewise:SlicewisePhoton",
 }
 """Format of published checkpoints -> "module:class" of a `Converter` or `Reader` of `mllm3d.release.convert`."""
 

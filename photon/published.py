@@ -63,6 +63,7 @@ class Conversion:
         shapes: by the name afterwards; the numbers keep their order.
         equal: pairs of the source's weights that must be equal, because the model ties them.
         volume: how volumes are prepared, where that is not as the preset says.
+        files: further files of the new folder, name -> text.
     """
 
     config: str
@@ -70,6 +71,7 @@ class Conversion:
     shapes: dict[str, Shape]
     equal: tuple[tuple[str, str], ...] = ()
     volume: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def published_name(key: str, layers: Sequence[int]) -> str:
@@ -137,7 +139,7 @@ def from_published(values: dict[str, Any], shapes: dict[str, Shape]) -> Conversi
     names |= {unused_name(layer): None for layer in layers}
     expected = {published_name(key, layers): published_shape(key, shape, config) for key, shape in ours.items()}
     tied = {TIED} if config.tie_word_embeddings else set()
-    _check({key: shape for key, shape in shapes.items() if names.get(key, key) is not None}, expected, tied)
+    check_shapes({key: shape for key, shape in shapes.items() if names.get(key, key) is not None}, expected, tied)
     equal = ((TIED, TIED_TO),) if TIED in shapes and tied else ()
     return Conversion(config.to_json_string(), {key: names[key] for key in shapes}, ours, equal)
 
@@ -218,7 +220,7 @@ def to_published(config: PhotonConfig, shapes: dict[str, Shape]) -> Conversion:
     _check_kind(config)
     expected = our_shapes(config)
     tied = {TIED} if config.tie_word_embeddings else set()
-    _check(shapes, expected, tied)
+    check_shapes(shapes, expected, tied)
     layers = config.scheduling_layers
     names: dict[str, str | None] = {key: published_name(key, layers) for key in shapes}
     theirs = {published_name(key, layers): published_shape(key, expected[key], config) for key in shapes}
@@ -265,7 +267,7 @@ def published_config(config: PhotonConfig) -> dict[str, Any]:
 # --- errors -------------------------------------------------------------------------------------------------
 
 
-def _check(found: dict[str, Shape], expected: dict[str, Shape], optional: set[str]) -> None:
+def check_shapes(found: dict[str, Shape], expected: dict[str, Shape], optional: set[str]) -> None:
     """Every weight, and no other, in its shape."""
     other = [
         f"{key} {found[key]} for {expected[key]}" for key in expected if found.get(key, expected[key]) != expected[key]

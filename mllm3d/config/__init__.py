@@ -4,7 +4,7 @@
 wrong into lines that name file, line and key, and `show` prints the result.
 """
 
-from mllm3d.config.loading import Loaded, config_to_yaml, load, load_with_origins
+from mllm3d.config.loading import Loaded, config_to_yaml, load, load_with_origins, read_values
 from mllm3d.config.sections import (
     PRESETS,
     Config,
@@ -37,4 +37,5 @@ __all__ = [
     "config_to_yaml",
     "load",
     "load_with_origins",
+    "read_values",
 ]

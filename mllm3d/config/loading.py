@@ -7,7 +7,7 @@ because the nodes know their lines and show duplicate keys; no tag can make anyt
 import difflib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +63,19 @@ def load_with_origins(name: str | Path, overrides: list[str] | None = None) -> L
         run["output"] = str(Path("runs") / run_name(source))
     config = _validate(values, layer, source)
     return Loaded(config, source, _origins_of_values(config, layer))
+
+
+def read_values(texts: Sequence[str], option: str) -> dict[str, Any]:
+    """`KEY=VALUE` texts of a command line's option, each value as a config has it. Raises `UserError`."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"{option} {text!r}: must look like KEY=VALUE")
+        if key.strip() in found:
+            raise UserError(f"{option} {text!r}: {key.strip()} is given twice; keep one")
+        found[key.strip()] = _parse(f"value: {value}", option).values["value"]
+    return found
 
 
 def find_config(name: str | Path) -> Path:

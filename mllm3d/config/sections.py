@@ -225,6 +225,11 @@ class EvaluationConfig(Settings):
     where: dict[str, list[str]] | None = Field(
         default=None, description="Row filter instead of data.where, for example to ask what was not trained on."
     )
+    pruner: dict[str, Any] | None = Field(
+        default=None,
+        description="Of slice-wise models: name of a medpruner method and its settings, what scheduled then means. "
+        "None: all tokens stay.",
+    )
     max_new_tokens: PositiveInt = Field(default=512, description="Longest answer, in tokens.")
     limit_volumes: PositiveInt | None = Field(default=None, description="Use only the first so many volumes.")
     batch_questions: PositiveInt = Field(default=8, description="Questions of one volume that are answered at once.")
@@ -247,6 +252,13 @@ class EvaluationConfig(Settings):
         default_factory=dict,
         description="Of contrastive models: finding -> present and absent, prompts that say it is there or not.",
     )
+
+    @field_validator("pruner")
+    @classmethod
+    def _names_a_method(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None and not isinstance(value.get("name"), str):
+            raise ValueError("name: which method? give it beside its settings, for example name: medpruner")
+        return value
 
     @field_validator("zero_shot")
     @classmethod

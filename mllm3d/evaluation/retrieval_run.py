@@ -67,6 +67,8 @@ def evaluate(config: Config, checkpoint: Path | None = None, device: str | None 
     checkpoint: a released folder or a step; by default the run's newest.
     """
     data, evaluation = config.data, config.evaluation
+    if evaluation.pruner is not None:
+        raise UserError("evaluation.pruner: is for slice-wise models that answer questions; leave it out")
     everything = read_manifest(data.manifest)
     where = data.where if evaluation.where is None else evaluation.where
     rows = one_per_volume(select(everything, data.eval_split, where, evaluation.limit_volumes))

@@ -70,7 +70,7 @@ def evaluate(config: Config, checkpoint: Path | None = None, device: str | None 
     """
     train, rows = _rows(config)
     named = [named_regions(row, config.evaluation) for row in rows]  # here: a mistake is found before any answer
-    predictor = Predictor.load(checkpoint or config.run.output, device)
+    predictor = Predictor.load(checkpoint or config.run.output, device, pruner=config.evaluation.pruner)
     _warn_of_other_preprocessing(config, predictor)
     folder = config.run.output / "evaluation" / config.data.eval_split
     origin = _origin(config, predictor)
@@ -250,12 +250,14 @@ def _in_order(samples: Sequence[Sample], rows: Sequence[Row]) -> list[Sample]:
 
 def _origin(config: Config, predictor: Predictor) -> dict[str, str]:
     """What predictions depend on; they may be continued only where it is the same."""
+    pruner = config.evaluation.pruner
     return {
         "checkpoint": predictor.checkpoint.name,
         "fingerprint": fingerprint(predictor.checkpoint),
         "manifest": sha256(config.data.manifest.read_bytes()).hexdigest()[:16],
         "max_new_tokens": str(config.evaluation.max_new_tokens),
         "seed": str(config.run.seed),
+        **({} if pruner is None else {"pruner": json.dumps(pruner, sort_keys=True)}),
     }
 
 

@@ -5,10 +5,10 @@ that are already preprocessed, and images and videos as they are stored. It know
 scans; the framework knows nothing of the model's tokens but what stands here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 
@@ -89,6 +89,13 @@ class Adapter(Protocol):
         """Write the model in `directory` into the empty folder `out`, its adapters (LoRA) added to what they adapt.
 
         Left out where models have none. Raises `UserError` if this one has none.
+        """
+        ...
+
+    def prune_with(self, name: str, values: Mapping[str, Any]) -> None:
+        """Leave out slices and tokens by this method of `medpruner` from now on: what `scheduled` then means.
+
+        Left out where models have no such methods. Raises `UserError` for a name, key or value that is not allowed.
         """
         ...
 

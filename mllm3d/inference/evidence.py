@@ -77,14 +77,15 @@ def draw(volume: Volume, prepared: Prepared, mask: np.ndarray, title: str, path:
     kept = resample_mask(mask, to_model, shape)
     seen = resample_mask(np.ones(mask.shape, bool), to_model, shape)
     centre = _centre(kept if kept.any() else seen)
-    grey = _to_grey(volume.array)
+    grey = to_grey(volume.array)
     figure = Figure(figsize=(13.5, 5.6), layout="constrained")
     for axes, axis in zip(figure.subplots(1, 3), range(3), strict=True):
         _draw_plane(axes, axis, centre[axis], grey, kept, seen, volume.spacing_mm)
-    _save(figure, title, "outlined: tokens kept    white: tokens dropped    dark: not seen by the model", path)
+    save(figure, title, "outlined: tokens kept    white: tokens dropped    dark: not seen by the model", path)
 
 
-def _save(figure: "Figure", title: str, legend: str, path: Path) -> None:
+def save(figure: "Figure", title: str, legend: str, path: Path) -> None:
+    """Write a picture with a title above it and a line below."""
     figure.suptitle(title, wrap=True)
     figure.supxlabel(legend, fontsize=9)
     with warnings.catch_warnings():
@@ -125,13 +126,13 @@ def _draw_plane(
     shown = np.where(inside, np.where(stays, image, image + WHITE_WASH * (1 - image)), OUTSIDE * image)
     rows, columns = (spacing_mm[other] for other in range(3) if other != axis)
     axes.imshow(shown, cmap="gray", vmin=0, vmax=1, aspect=rows / columns, interpolation="nearest")
-    _outline(axes, stays, f"{name}, plane {index}")
+    outline(axes, stays, f"{name}, plane {index}")
     places = ((0.02, 0.5), (0.98, 0.5), (0.5, 0.97), (0.5, 0.03))
     for (x, y), letter in zip(places, letters, strict=True):
         axes.text(x, y, letter, transform=axes.transAxes, **_LETTER)
 
 
-def _outline(axes: "Axes", stays: np.ndarray, title: str) -> None:
+def outline(axes: "Axes", stays: np.ndarray, title: str) -> None:
     """What stays of an image, (rows, columns) bool, in purple; a title instead of ticks."""
     if stays.any() and not stays.all():
         axes.contour(stays.astype(float), levels=[0.5], colors=[PURPLE], linewidths=1.4)
@@ -168,10 +169,10 @@ def draw_pixels(names: Sequence[str], parts: Sequence[Part], title: str, path: P
         mask = stays if pixels.ndim == 2 else stays[..., None]
         shown = pixels.astype(np.float32) / 255
         axes.imshow(np.where(mask, shown, shown + WHITE_WASH * (1 - shown)), cmap="gray", vmin=0, vmax=1)
-        _outline(axes, stays, name)
+        outline(axes, stays, name)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    _save(figure, title, "outlined: tokens kept    white: tokens dropped", path)
+    save(figure, title, "outlined: tokens kept    white: tokens dropped", path)
 
 
 def _panels(name: str, part: Part) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -196,7 +197,7 @@ def _centre(mask: np.ndarray) -> tuple[int, int, int]:
     return means[0], means[1], means[2]
 
 
-def _to_grey(array: np.ndarray) -> np.ndarray:
+def to_grey(array: np.ndarray) -> np.ndarray:
     """Intensities scaled to [0, 1] from the 1st to the 99.5th percentile: readable for CT and MR alike."""
     low, high = np.percentile(array[::2, ::2, ::2], [1, 99.5])
     return np.clip((array.astype(np.float32) - low) / max(float(high - low), 1e-6), 0, 1)

@@ -3,18 +3,20 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mllm3d.config import read_values
 from mllm3d.data.images import read_image, read_video
 from mllm3d.data.preprocess import Prepared
 from mllm3d.data.volumes import Volume, read_volume
 from mllm3d.errors import UserError
 from mllm3d.inference.adapter import Mode
 from mllm3d.inference.evidence import Part, boxes_to_mask, draw, draw_pixels, write_nifti
+from mllm3d.inference.evidence_slices import draw_slices
 from mllm3d.inference.predictor import Answer, Predictor
 
 Tokens = tuple[np.ndarray, np.ndarray]
@@ -26,8 +28,8 @@ DRAWABLE, NIFTI = (".png",), (".nii", ".nii.gz")
 def predict_command(args: argparse.Namespace) -> int:
     """Print what `predict` returns: as JSON, or the answer on stdout and the files written on stderr.
 
-    Reads from args: checkpoint, volume, question, prior, image, video, modality, mode, max_new_tokens, device, json,
-    evidence, evidence_nifti.
+    Reads from args: checkpoint, volume, question, prior, image, video, modality, mode, pruner, pruner_set,
+    max_new_tokens, device, json, evidence, evidence_slices, evidence_nifti.
     """
     output = predict(
         args.checkpoint,
@@ -38,9 +40,11 @@ def predict_command(args: argparse.Namespace) -> int:
         video=args.video,
         modality=args.modality,
         mode=args.mode,
+        pruner=_pruner(args.pruner, args.pruner_set or ()),
         max_new_tokens=args.max_new_tokens,
         device=args.device,
         evidence=args.evidence,
+        evidence_slices=args.evidence_slices,
         evidence_nifti=args.evidence_nifti,
     )
     if args.json:
@@ -62,18 +66,21 @@ def predict(
     video: Path | None = None,
     modality: str = "ct",
     mode: Mode = "scheduled",
+    pruner: Mapping[str, Any] | None = None,
     max_new_tokens: int = 512,
     device: str | None = None,
     evidence: Path | None = None,
+    evidence_slices: Path | None = None,
     evidence_nifti: Path | None = None,
 ) -> dict[str, Any]:
     """Answer one question and write the evidence files that were asked for.
 
     prior: an earlier scan of the same patient, shown to the model before `volume`. images, video: image files and a
     folder of frames, shown after it. modality: `ct` or `mr`, of volumes.
-    evidence, evidence_nifti: PNG and NIfTI of the tokens of `volume` that stayed; those of a prior scan are written
-    beside them, with `_prior` before the suffix. Images and video have one PNG: the given name, or with `_pixels`
-    before the suffix where there is a volume.
+    pruner: see `Predictor.load`.
+    evidence, evidence_slices, evidence_nifti: three planes and all slices as PNG, and NIfTI, of the tokens of `volume`
+    that stayed; those of a prior scan are written beside them, with `_prior` before the suffix. Images and video have
+    one PNG: the name of `evidence`, or with `_pixels` before the suffix where there is a volume.
     Returns what `--json` prints: answer, keep_rate, tokens before and after, seconds, checkpoint, volume, evidence,
     and for images and videos the keep rate of each.
     """
@@ -81,24 +88,28 @@ def predict(
         raise UserError("--question: empty; ask something")
     paths, pixel_paths = _inputs(volume, prior, images, video)
     pictures = _outputs(evidence, DRAWABLE, "--evidence", paths, pixel_paths)
+    sheets = _outputs(evidence_slices, DRAWABLE, "--evidence-slices", paths, pixel_paths)
+    if {file.resolve() for file in sheets} & {file.resolve() for file in pictures}:
+        raise UserError(f"--evidence-slices {evidence_slices}: --evidence has this name; choose another one")
     masks = _outputs(evidence_nifti, NIFTI, "--evidence-nifti", paths, pixel_paths)
     scans = [read_volume(path) for path in paths]
     frames = [read_image(path) for path in images], [] if video is None else [read_video(video)]
-    predictor = Predictor.load(checkpoint, device)
+    predictor = Predictor.load(checkpoint, device, pruner=pruner)
     prepared = [predictor.prepare(scan, modality.upper()) for scan in scans]
     asked = [predictor.wording(question)]
     answer = predictor.answer(prepared, asked, mode, max_new_tokens, images=frames[0], videos=frames[1])[0]
-    if answer.kept is None and (pictures or masks):
+    if answer.kept is None and (pictures or sheets or masks):
+        option = "--evidence" if pictures else "--evidence-slices" if sheets else "--evidence-nifti"
         raise UserError(
-            f"{'--evidence' if pictures else '--evidence-nifti'}: {predictor.checkpoint.name}: a model of type "
+            f"{option}: {predictor.checkpoint.name}: a model of type "
             f"{predictor.checkpoint.model_type} does not say which tokens it kept; leave it out"
         )
     tokens: list[Tokens] = []
-    if pictures or masks or (pixel_paths and answer.kept is not None):
+    if pictures or sheets or masks or (pixel_paths and answer.kept is not None):
         boxes = predictor.boxes([item.array.shape for item in prepared], *frames)
         tokens = list(zip(boxes, predictor.kept_of(answer, boxes), strict=True))
-    if scans and (pictures or masks):
-        _write_evidence(question, answer, scans, prepared, tokens, pictures, masks)
+    if scans and (pictures or sheets or masks):
+        _write_evidence(question, answer, scans, prepared, tokens, pictures, sheets, masks)
     output = _report(answer, predictor, scans)
     if pixel_paths:
         arrays = [*(image[None] for image in frames[0]), *frames[1]]
@@ -110,7 +121,14 @@ def predict(
         }
         if pictures:
             _draw_parts(question, answer, pixel_paths, parts, pictures[-1])
-    return {**output, "evidence": [str(file) for file in (*pictures, *masks)]}
+    return {**output, "evidence": [str(file) for file in (*pictures, *sheets, *masks)]}
+
+
+def _pruner(name: str | None, settings: Sequence[str]) -> dict[str, Any] | None:
+    """What `Predictor.load` takes, from `--pruner NAME` and `--pruner-set KEY=VALUE`."""
+    if name is None and settings:
+        raise UserError(f"--pruner-set {settings[0]}: of which method? give --pruner NAME too")
+    return None if name is None else {**read_values(settings, "--pruner-set"), "name": name}
 
 
 def _inputs(
@@ -134,10 +152,11 @@ def _outputs(
         return []
     if not path.name.endswith(suffixes):
         raise UserError(f"{key} {path}: must end in {' or '.join(suffixes)}")
-    if suffixes == NIFTI and not scans:
-        raise UserError(f"{key} {path}: only a --volume has a mask on its grid; use --evidence")
+    if key != "--evidence" and not scans:
+        what = "a mask on its grid" if suffixes == NIFTI else "slices"
+        raise UserError(f"{key} {path}: only a --volume has {what}; use --evidence")
     files = [of_prior(path), path][-len(scans) :] if scans else []
-    if pixels and suffixes == DRAWABLE:
+    if pixels and key == "--evidence":
         files.append(_beside(path, "_pixels") if scans else path)
     for file in files:
         if not file.absolute().parent.is_dir():
@@ -172,6 +191,7 @@ def _write_evidence(
     prepared: Sequence[Prepared],
     tokens: Sequence[Tokens],
     pictures: Sequence[Path],
+    sheets: Sequence[Path],
     masks: Sequence[Path],
 ) -> None:
     """Each scan's own files, with its own count of tokens."""
@@ -181,9 +201,11 @@ def _write_evidence(
         mask = boxes_to_mask(kept, item.array.shape)
         if masks:
             write_nifti(mask, item, masks[index])
+        title = _title(question, answer, f"{names[index]}{len(kept)} of {len(boxes)} tokens kept")
         if pictures:
-            title = _title(question, answer, f"{names[index]}{len(kept)} of {len(boxes)} tokens kept")
             draw(scan, item, mask, title, pictures[index])
+        if sheets:
+            draw_slices(scan, item, boxes, kept, title, sheets[index])
 
 
 def _report(answer: Answer, predictor: Predictor, scans: Sequence[Volume]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Volume and question in, answer out: the same preprocessing and the same model code as in training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -44,20 +44,34 @@ class Predictor(Loaded):
         self.adapter = adapter
 
     @classmethod
-    def load(cls, path: Path, device: str | None = None, dtype: "torch.dtype | None" = None) -> Self:
+    def load(
+        cls,
+        path: Path,
+        device: str | None = None,
+        dtype: "torch.dtype | None" = None,
+        pruner: Mapping[str, Any] | None = None,
+    ) -> Self:
         """Load a released folder, a step of a run, or a run's newest step.
 
         device: a torch device, by default `cuda` where there is one. dtype: by default bfloat16 on a GPU and
-        float32 elsewhere.
+        float32 elsewhere. pruner: `name` of a method of medpruner and its settings, for slice-wise models.
         """
         import torch
 
         checkpoint = open_checkpoint(path)
         adapter = _adapter_of(checkpoint)
+        if pruner is not None and not hasattr(adapter, "prune_with"):
+            raise UserError(
+                f"{checkpoint.name}: a pruner is for slice-wise models such as qwen2_5_vl, not for one of type "
+                f"{checkpoint.model_type}; leave --pruner or evaluation.pruner out"
+            )
         chosen, name = choose_device(device)
         if dtype is None:
             dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
-        return cls(checkpoint, adapter.load(checkpoint.model, chosen, dtype), name)
+        loaded = adapter.load(checkpoint.model, chosen, dtype)
+        if pruner is not None:
+            loaded.prune_with(str(pruner["name"]), {k: v for k, v in pruner.items() if k != "name"})
+        return cls(checkpoint, loaded, name)
 
     def answer(
         self,

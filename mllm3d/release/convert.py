@@ -55,6 +55,7 @@ class Conversion(Protocol):
     shapes: by the name afterwards; the numbers keep their order.
     equal: pairs of the source's weights that the model ties, so they must be equal.
     volume: how volumes are prepared, where that is not as the preset says.
+    files: further files of the folder that `convert_to` writes, name -> text.
     """
 
     config: str
@@ -62,6 +63,7 @@ class Conversion(Protocol):
     shapes: dict[str, Shape]
     equal: tuple[tuple[str, str], ...]
     volume: dict[str, Any]
+    files: dict[str, str]
 
 
 class Converter(Protocol):
@@ -178,8 +180,10 @@ def convert_to(name: str, source: Path, out: Path) -> Path:
         else:
             (folder / CONFIG).write_text(conversion.config, encoding="utf-8")
             _copy(carried, folder)
+            for file, text in conversion.files.items():
+                (folder / file).write_text(text, encoding="utf-8")
         _write(layout, folder, indexed=len(layout) > 1 and not (folder / INDEX).is_file())
-    left = set() if from_before else set(others) - set(carried)
+    left = set() if from_before else {path for path in others if path.name not in (*CARRIED, *conversion.files)}
     _report(out, f"{sum(map(len, layout.values()))} weights of {source}, each accounted for", [], left)
     return out
 

@@ -14,10 +14,9 @@ from transformers import StoppingCriteriaList
 
 from mllm3d.errors import UserError
 from mllm3d.inference.adapter import Mode, RawAnswer
-from mllm3d.inference.generation import Clock, answer_length
+from mllm3d.inference.generation import Clock, answer_length, grid_boxes, question_seed
 from photon.building import read_processor
 from photon.decoding import EncodedPrefix
-from photon.geometry import PatchGeometry
 from photon.modeling_photon import PhotonForConditionalGeneration
 from photon.processing_photon import PhotonProcessor
 from photon.recipes.base import chat, read_checkpoint
@@ -104,20 +103,12 @@ class PhotonAdapter:
 
     def token_boxes(self, shape: tuple[int, int, int]) -> np.ndarray:
         """Voxel boxes of a volume's tokens, in their order; boxes may reach past the volume's end."""
-        return _boxes(shape, self.processor.geometry)
+        return grid_boxes(shape, self.processor.geometry.token_shape)
 
     def pixel_boxes(self, shape: tuple[int, int, int]) -> np.ndarray:
         """Boxes of a video's or an image's tokens on the resized frames."""
         reader = self.processor.reader
-        return _boxes((shape[0], *reader.size(shape[1], shape[2])), reader.frames)
-
-
-def _boxes(shape: tuple[int, int, int], geometry: PatchGeometry) -> np.ndarray:
-    """Half-open boxes (tokens, 3, 2) that cover a shape, W fastest."""
-    unit = np.array(geometry.token_shape)
-    t, h, w = (-(-n // u) for n, u in zip(shape, unit, strict=True))
-    corner = np.stack(np.meshgrid(np.arange(t), np.arange(h), np.arange(w), indexing="ij"), -1).reshape(-1, 3)
-    return np.stack([corner * unit, (corner + 1) * unit], axis=-1)
+        return grid_boxes((shape[0], *reader.size(shape[1], shape[2])), reader.frames.token_shape)
 
 
 @contextmanager
@@ -151,9 +142,3 @@ def _digest(shown: Mapping[str, Sequence[np.ndarray]], whole: bool) -> bytes:
             digest.update(repr((kind, array.shape, array.dtype)).encode())
             digest.update(np.ascontiguousarray(array).data)
     return digest.digest()
-
-
-def question_seed(seed: int, question: str) -> int:
-    """A seed that depends on the question's text and not on its company."""
-    digest = hashlib.sha256(f"{seed}\n{question}".encode()).digest()
-    return int.from_bytes(digest[:4], "little")

@@ -159,10 +159,18 @@ def arguments(released: Path, volume: Path, **given: object) -> Namespace:
         "video": None,
         "modality": "ct",
         "mode": "scheduled",
+        "pruner": None,
+        "pruner_set": None,
         "max_new_tokens": 8,
         "device": "cpu",
     }
-    extra = {"json": False, "evidence": None, "evidence_nifti": None, "question": "Anything bright?"}
+    extra = {
+        "json": False,
+        "evidence": None,
+        "evidence_slices": None,
+        "evidence_nifti": None,
+        "question": "Anything bright?",
+    }
     return Namespace(checkpoint=released, volume=volume, **(names | extra | given))
 
 

@@ -10,10 +10,11 @@ import torch
 
 from mllm3d.errors import UserError
 from mllm3d.inference.adapter import RawAnswer
+from mllm3d.inference.generation import question_seed
 from photon.geometry import PatchGeometry
 from photon.patch_embedding import patchify
 from photon.processing_photon import PhotonProcessor
-from photon.recipes.adapter import PhotonAdapter, question_seed
+from photon.recipes.adapter import PhotonAdapter
 
 QUESTIONS = ["Is there a pleural effusion?", "Which side is it on?", "How many lesions?"]
 CPU = torch.device("cpu")

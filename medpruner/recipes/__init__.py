@@ -1,0 +1,1 @@
+"""What joins slice-wise models to the framework."""
