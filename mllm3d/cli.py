@@ -276,12 +276,17 @@ def _add_config(commands: "argparse._SubParsersAction", common: argparse.Argumen
     parser.add_argument("config", metavar="NAME", help="a YAML file, or its name in configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
     parser.add_argument("--explain", action="store_true", help="print what each setting means")
+    written = "write the volume section as preprocessing.json into a model's folder that has none, and print nothing"
+    parser.add_argument("--preprocessing", type=Path, metavar="FOLDER", help=written)
     parser.set_defaults(command=_config)
 
 
 def _config(args: argparse.Namespace) -> int:
-    from mllm3d.config.show import show
+    from mllm3d.config.show import show, write_preprocessing
 
+    if args.preprocessing is not None:
+        write_preprocessing(load(args.config, args.overrides), args.preprocessing)
+        return 0
     print(show(load_with_origins(args.config, args.overrides), explain=args.explain))
     return 0
 

@@ -15,6 +15,7 @@ RECIPES: dict[str, str] = {
     "med3dvlm.finetune": "med3dvlm.recipes.language:Finetune",
     "med3dvlm.projector": "med3dvlm.recipes.language:ProjectorRecipe",
     "med3dvlm.text": "med3dvlm.recipes.text:Text",
+    "medpruner.slicewise": "medpruner.recipes.evaluation:Slicewise",
     "photon.backbone": "photon.recipes.backbone:Backbone",
     "photon.phase1": "photon.recipes.phases:Phase1",
     "photon.phase2": "photon.recipes.phases:Phase2",
@@ -22,6 +23,7 @@ RECIPES: dict[str, str] = {
 """`recipe:` of a config -> "module:class" of an `mllm3d.training.recipe.Recipe`."""
 
 ADAPTERS: dict[str, str] = {
+    "gemma3": "medpruner.recipes.adapter:SlicewiseAdapter",
     "med3dvlm": "med3dvlm.recipes.adapter:Med3DVLMAdapter",
     "photon": "photon.recipes.adapter:PhotonAdapter",
     "qwen2_5_vl": "medpruner.recipes.adapter:SlicewiseAdapter",

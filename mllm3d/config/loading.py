@@ -19,11 +19,15 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError, create_model
 
 from mllm3d.config.messages import KeyPath, dotted, error_lines, leaves
-from mllm3d.config.sections import PRESETS, Config, Settings
+from mllm3d.config.sections import PRESETS, Config, EvaluatedSettings, Settings
 from mllm3d.errors import UserError
 from mllm3d.registry import recipe_class
 
 MAX_DEPTH = 16
+NAMED = (("model", "encoder"), ("evaluation", "pruner"))
+"""Mappings whose `name` says which other keys there are: with another name they are replaced, not merged."""
+NOT_TRAINED: dict[str, Any] = {"max_steps": 1, "optimizer": {"lr": 1.0}}
+"""What stands for `training` where a recipe only evaluates: nothing reads it."""
 
 
 @dataclass
@@ -253,6 +257,7 @@ def _parse_override(text: str) -> Layer:
 
 def _merge(parent: Layer, child: Layer) -> Layer:
     """Child over parent: mappings key by key, everything else (lists too) replaced."""
+    parent = _without_others(parent, child)
     cleared = [path for path in child.origins if _at(child.values, path) is None]
     kept = {path: origin for path, origin in parent.origins.items() if not any(path[: len(c)] == c for c in cleared)}
     origins = kept | child.origins
@@ -261,6 +266,15 @@ def _merge(parent: Layer, child: Layer) -> Layer:
         values = OmegaConf.to_container(merged, resolve=False)
     assert isinstance(values, dict)
     return Layer({str(key): value for key, value in values.items()}, origins)
+
+
+def _without_others(parent: Layer, child: Layer) -> Layer:
+    """The parent without what is `NAMED` otherwise in the child: another encoder's settings are not for this one."""
+    for section, key in NAMED:
+        name = (section, key, "name")
+        if name in child.origins and name in parent.origins and _at(child.values, name) != _at(parent.values, name):
+            parent = _merge(parent, Layer({section: {key: None}}, {(section, key): "replaced"}))
+    return parent
 
 
 def _at(values: Any, path: KeyPath) -> Any:
@@ -296,6 +310,8 @@ def _validate(values: dict[str, Any], layer: Layer, source: Path) -> Config:
     settings = _model_settings(values, layer)
     typed = create_model("Config", __base__=Config, model=(settings, ...))
     values.setdefault("model", {})
+    if issubclass(settings, EvaluatedSettings):
+        values.setdefault("training", NOT_TRAINED)
     if values.get("volume") is None:  # `volume: null` clears a parent's
         values.pop("volume", None)
     try:

@@ -287,6 +287,12 @@ class EstimateConfig(Settings):
         return (H100_TFLOPS if self.peak_tflops is None else self.peak_tflops) * 1e12
 
 
+class EvaluatedSettings(Settings):
+    """`model` of a recipe that is evaluated and never trained; such a config needs no `training`."""
+
+    checkpoint: FilePath = Field(description="Folder of the model that is asked.")
+
+
 class Config(Settings):
     """Everything about one run. `model` is an instance of the recipe's own `Settings`."""
 
@@ -300,6 +306,11 @@ class Config(Settings):
     training: TrainingConfig = Field(description="Optimization.")
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="Evaluation after training.")
     estimate: EstimateConfig = Field(default=EstimateConfig(), description="Machine assumed by --dry-run.")
+
+    @property
+    def asked(self) -> Path:
+        """What is evaluated unless a checkpoint is named: the run, or the model where nothing is trained."""
+        return self.model.checkpoint if isinstance(self.model, EvaluatedSettings) else self.run.output
 
     @property
     def prepares_volumes(self) -> bool:

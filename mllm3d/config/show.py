@@ -1,11 +1,14 @@
 """`mllm3d config NAME`: every resolved setting, where it came from, and what it means."""
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from mllm3d.config.loading import Loaded
 from mllm3d.config.messages import dotted, leaves
+from mllm3d.config.sections import Config
+from mllm3d.errors import UserError
 
 
 def show(loaded: Loaded, explain: bool = False) -> str:
@@ -19,6 +22,16 @@ def show(loaded: Loaded, explain: bool = False) -> str:
         if explain:
             lines.append(f"    {_description(loaded.config, path)}")
     return "\n".join(lines)
+
+
+def write_preprocessing(config: Config, folder: Path) -> None:
+    """How volumes are prepared, into the folder of a model that came without. Raises `UserError` if it has it."""
+    file = folder / "preprocessing.json"
+    if not folder.is_dir():
+        raise UserError(f"--preprocessing {folder}: no such folder; give the model's")
+    if file.exists():
+        raise UserError(f"--preprocessing: {file} is there already; remove it first")
+    file.write_text(config.volume.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def _value(values: Any, path: tuple[str | int, ...]) -> str:

@@ -70,7 +70,7 @@ def evaluate(config: Config, checkpoint: Path | None = None, device: str | None 
     """
     train, rows = _rows(config)
     named = [named_regions(row, config.evaluation) for row in rows]  # here: a mistake is found before any answer
-    predictor = Predictor.load(checkpoint or config.run.output, device, pruner=config.evaluation.pruner)
+    predictor = Predictor.load(checkpoint or config.asked, device, pruner=config.evaluation.pruner)
     _warn_of_other_preprocessing(config, predictor)
     folder = config.run.output / "evaluation" / config.data.eval_split
     origin = _origin(config, predictor)

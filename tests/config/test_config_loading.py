@@ -18,7 +18,9 @@ from mllm3d.config import (
     load,
     load_with_origins,
 )
-from mllm3d.config.show import show
+from mllm3d.config.show import show, write_preprocessing
+from mllm3d.errors import UserError
+from tests.config.conftest import MINIMAL
 
 
 def test_a_minimal_config_is_typed_and_complete(write):
@@ -163,6 +165,42 @@ def test_a_config_reaches_worker_processes(write):
     config = load(write("run.yaml"))
     assert pickle.loads(pickle.dumps(config.data)) == config.data
     assert pickle.loads(pickle.dumps(config.volume)) == config.volume
+
+
+def test_a_pruner_of_another_name_replaces_and_of_the_same_is_merged(write):
+    write("base.yaml", MINIMAL + "evaluation: {pruner: {name: medpruner, tau: 0.5, gamma: 0.1}}\n")
+    same = load("base.yaml", ["evaluation.pruner.tau=0.7"])
+    assert same.evaluation.pruner == {"name": "medpruner", "tau": 0.7, "gamma": 0.1}
+    same = load("base.yaml", ["evaluation.pruner={name: medpruner, tau: 0.7}"])
+    assert same.evaluation.pruner == {"name": "medpruner", "tau": 0.7, "gamma": 0.1}
+    write("other.yaml", "extends: base.yaml\nevaluation: {pruner: {name: hiprune, keep: 0.2}}\n")
+    other = load_with_origins("other.yaml", ["evaluation.pruner.alpha=0.2"])
+    assert other.config.evaluation.pruner == {"name": "hiprune", "keep": 0.2, "alpha": 0.2}
+    assert other.origins["evaluation.pruner.keep"].startswith("other.yaml:")
+    assert load("other.yaml", ["evaluation.pruner=null"]).evaluation.pruner is None
+
+
+def test_what_is_only_evaluated_needs_no_training_and_is_asked_where_it_lies(tmp_path):
+    file = tmp_path / "asked.yaml"
+    file.write_text("recipe: medpruner.slicewise\ndata: {manifest: m.jsonl}\nmodel: {checkpoint: models/m}\n")
+    config = load(file)
+    assert config.asked == Path("models/m") and config.run.output == Path("runs/asked")
+    with pytest.raises(UserError, match="model.checkpoint"):
+        load(file, ["model.checkpoint=null"])
+
+
+def test_a_run_is_asked_where_it_is_kept(write):
+    assert load(write("run.yaml"), ["run.output=out"]).asked == Path("out")
+
+
+def test_preprocessing_is_written_once_beside_a_model(write, tmp_path):
+    config = load(write("run.yaml"), ["volume.shape=[8, 16, 16]"])
+    write_preprocessing(config, tmp_path)
+    assert VolumeConfig.model_validate_json((tmp_path / "preprocessing.json").read_text()) == config.volume
+    with pytest.raises(UserError, match="is there already; remove it first"):
+        write_preprocessing(config, tmp_path)
+    with pytest.raises(UserError, match="no such folder; give the model's"):
+        write_preprocessing(config, tmp_path / "none")
 
 
 # --- the sections -------------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from medpruner import settings_of
 from mllm3d.config import load
+from mllm3d.errors import UserError
 from mllm3d.registry import recipe_class
 from mllm3d.training.estimate import report
 
@@ -14,8 +16,9 @@ NAMES = sorted(
     for path in CONFIGS.rglob("*.yaml")
     if "quickstart" not in path.parts
 )
-PHOTON = [name for name in NAMES if not name.startswith("med3dvlm")]
+PHOTON = [name for name in NAMES if not name.startswith(("med3dvlm", "medpruner"))]
 MED3DVLM = [name for name in NAMES if name.startswith("med3dvlm")]
+MEDPRUNER = [name for name in NAMES if name.startswith("medpruner")]
 MOST_TOKENS = {
     "photon_medframeqa": "16,384",
     "photon_slake": "16,384",
@@ -103,3 +106,13 @@ def test_images_and_videos_have_the_simplified_schedule(name: str) -> None:
 def test_other_backbones_have_their_number_of_parameters(name: str, billions: str) -> None:
     """Of the published models with the larger patch embedding and the threshold predictor."""
     assert dry_run(name)["parameters"].startswith(f"{billions} G")
+
+
+@pytest.mark.parametrize("name", MEDPRUNER)
+def test_a_config_of_medpruner_names_a_method_and_is_only_evaluated(name: str) -> None:
+    config = load(name)
+    assert config.evaluation.pruner is not None
+    values = dict(config.evaluation.pruner)
+    assert settings_of(values.pop("name"), values)
+    with pytest.raises(UserError, match="recipe: medpruner.slicewise trains nothing; evaluate it with eval.py"):
+        dry_run(name)
