@@ -6,6 +6,8 @@ so that it leaves the prompt with the image.
 Legend: D, H, W slices, rows and columns of a scan, S slices that are shown.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -18,12 +20,26 @@ SLICES = 85
 """Most slices of a prompt."""
 
 
-def ct_images(hu_DHW: Tensor, limit: int = SLICES, size: int | None = None) -> Tensor:
+def shown_slices(count: int, limit: int = SLICES) -> Tensor:
+    """Which of a scan's slices are shown, at uniform distance: ``(D)`` bool. Raises ``ValueError`` for a ``limit``
+    below 1."""
+    if limit < 1:
+        raise ValueError(f"limit: {limit} slices; give 1 or more")
+    return uniform_slices(count, min(count, limit))
+
+
+def ct_images(
+    hu_DHW: Tensor,
+    limit: int = SLICES,
+    size: int | None = None,
+    windows: Sequence[tuple[float, float]] = WINDOWS,
+) -> Tensor:
     """Slices at uniform distance as normalised images.
 
     Args:
         hu_DHW: a scan in HU, any number type. limit: slices at most; the first is always among them.
         size: side of the square that images are resized to, 896 for MedGemma; None: as they are.
+        windows: of red, green and blue, in the units of the scan.
 
     Returns:
         ``(S, 3, H, W)`` float32 from -1 to 1, with the 256 levels of an 8-bit image (before resizing).
@@ -33,13 +49,10 @@ def ct_images(hu_DHW: Tensor, limit: int = SLICES, size: int | None = None) -> T
     """
     if hu_DHW.ndim != 3 or 0 in hu_DHW.shape:
         raise ValueError(f"CT: of shape {tuple(hu_DHW.shape)}; give (slices, rows, columns)")
-    if limit < 1:
-        raise ValueError(f"limit: {limit} slices; give 1 or more")
-    count = len(hu_DHW)
-    shown = hu_DHW[uniform_slices(count, min(count, limit)).to(hu_DHW.device)].float()
+    shown = hu_DHW[shown_slices(len(hu_DHW), limit).to(hu_DHW.device)].float()
     if not shown.isfinite().all():
         raise ValueError("CT: values that are not finite; give HU")
-    colours = [(shown.clamp(low, high) - low) / (high - low) for low, high in WINDOWS]
+    colours = [(shown.clamp(low, high) - low) / (high - low) for low, high in windows]
     images = torch.stack(colours, 1).mul(255).round()
     if size is not None:
         images = nn.functional.interpolate(images, (size, size), mode="bilinear", antialias=True)

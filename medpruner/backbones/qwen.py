@@ -32,6 +32,8 @@ class QwenVL:
         self.model = cast(Any, model)
         self.visual = self.model.model.visual
         self.config = self.model.config
+        if not all(hasattr(getattr(block, "attn", None), "qkv") for block in self.visual.blocks):
+            raise ValueError("model.visual.blocks: no attn.qkv in them; the tower's attention can't be read")
 
     @property
     def depth(self) -> int:

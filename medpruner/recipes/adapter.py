@@ -16,7 +16,9 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, StoppingCri
 
 import medpruner
 from medpruner.pruner import Pruner
-from medpruner.recipes.qwen import QwenReader, Shown
+from medpruner.recipes.gemma import GemmaReader
+from medpruner.recipes.qwen import QwenReader
+from medpruner.recipes.reader import Reader, Shown
 from medpruner.recipes.sharing import Memory, SharedTower
 from medpruner.recipes.slicewise import FILE, read_slicewise
 from medpruner.settings import METHODS, PruningSettings, Random, Uniform, settings_of
@@ -24,10 +26,10 @@ from medpruner.slices import Report
 from mllm3d.errors import UserError
 from mllm3d.inference.adapter import Mode, RawAnswer
 from mllm3d.inference.checkpoint import open_checkpoint
-from mllm3d.inference.generation import Clock, answer_length, grid_boxes, question_seed
+from mllm3d.inference.generation import Clock, answer_length, question_seed
 from mllm3d.training.huggingface import without_reports
 
-READERS: dict[str, type[QwenReader]] = {"qwen2_5_vl": QwenReader, "qwen3_vl": QwenReader}
+READERS: dict[str, type[Reader]] = {"gemma3": GemmaReader, "qwen2_5_vl": QwenReader, "qwen3_vl": QwenReader}
 """By `model_type`: how volumes and questions become a model's inputs."""
 
 WHOLE = Uniform(keep=1.0)
@@ -48,7 +50,7 @@ class SlicewiseAdapter:
 
     model: Any
     tokenizer: Any
-    reader: QwenReader
+    reader: Reader
     settings: PruningSettings | None = None
     report: Report | None = None
 
@@ -63,7 +65,7 @@ class SlicewiseAdapter:
                 tokenizer = AutoTokenizer.from_pretrained(directory)
             kind = model.config.model_type
             if settings.text_after == "maximum" and kind != "qwen2_5_vl":
-                raise ValueError(f"{FILE}: text_after: maximum is for qwen2_5_vl; {kind} counts in plane")
+                raise ValueError(f"{FILE}: text_after: maximum is for qwen2_5_vl, not for {kind}; take it out")
             reader = READERS[kind](model.config, tokenizer, settings, volume)
         except (OSError, ValueError, SafetensorError, UserError) as error:
             raise UserError(f"{directory}: {' '.join(str(error).split())}") from error
@@ -78,8 +80,8 @@ class SlicewiseAdapter:
         try:
             if name in METHODS:
                 _check_types(name, given)
-            if given.get("gamma_unit") == "hu":
-                given.setdefault("hu_per_pixel", self.reader.hu_per_pixel)
+            if given.get("gamma_unit") == "hu" and "hu_per_pixel" not in given:
+                given["hu_per_pixel"] = self.reader.hu_per_pixel
             self.settings, before = settings_of(name, given), self.settings
             try:
                 self._attach(self.settings)
@@ -187,7 +189,7 @@ class SlicewiseAdapter:
 
     def _on_device(self, shown: Shown) -> Shown:
         # In float32: small differences between slices count, and the tower rounds by itself.
-        return Shown(shown.patches.to(self.model.device), shown.grids)
+        return Shown(shown.pixels.to(self.model.device), shown.grids)
 
     def _ends(self) -> list[int]:
         ends = self.model.generation_config.eos_token_id
@@ -203,7 +205,7 @@ class SlicewiseAdapter:
 
     def token_boxes(self, shape: tuple[int, int, int]) -> np.ndarray:
         """Voxel boxes of a volume's tokens, in their order; boxes may reach past the volume's end."""
-        return grid_boxes(shape, self.reader.token_shape)
+        return self.reader.boxes(shape)
 
 
 def _strictly(directory: Path, dtype: torch.dtype) -> Any:

@@ -33,6 +33,19 @@ class SharedTower:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backbone, name)
 
+    def volumes(self, inputs: Inputs, label_tokens: int) -> list[Volume]:
+        """Of all rows, each of which shows what the first row's pixels are."""
+        found: list[Volume] = []
+        for row, ids in enumerate(inputs["input_ids"]):
+            alone = self._backbone.volumes({**self._of_one_row(inputs), "input_ids": ids[None]}, label_tokens)
+            found += [[replace(item, row=row) for item in volume] for volume in alone]
+        return found
+
+    def _of_one_row(self, inputs: Inputs) -> Inputs:
+        """Pixels are there once anyway, grids for each row."""
+        grids = {k: v[: len(v) // self._rows] for k, v in inputs.items() if k.endswith("_grid_thw")}
+        return {**inputs, **grids}
+
     def pixels(self, inputs: Inputs, volumes: Sequence[Volume]) -> list[Tensor]:
         """Of all rows, from those of the first."""
         return self._backbone.pixels(inputs, volumes[: len(volumes) // self._rows]) * self._rows
@@ -42,8 +55,7 @@ class SharedTower:
         first = wanted[: len(wanted) // self._rows]
         key = (*(tuple(flags.tolist()) for flags in first), tuple(blocks))
         if key not in self._memory:
-            grids = {k: v[: len(v) // self._rows] for k, v in inputs.items() if k.endswith("_grid_thw")}
-            self._memory[key] = self._backbone.encode({**inputs, **grids}, first, blocks)
+            self._memory[key] = self._backbone.encode(self._of_one_row(inputs), first, blocks)
             return self._repeated(self._memory[key])
         return replace(self._repeated(self._memory[key]), reading_seconds=0.0)
 
@@ -66,7 +78,7 @@ class SharedTower:
         if not self._after_maximum:
             return positions
         moved = positions.clone()
-        for volume in self._backbone.volumes(inputs, 0):
+        for volume in self.volumes(inputs, 0):
             row, start, end = volume[0].row, volume[0].start, volume[-1].end
             extent = positions[:, row, start:end].amax(1) - positions[:, row, start] + 1
             moved[:, row, end:] += torch.clamp(extent.max() - extent[1:].max(), min=0)

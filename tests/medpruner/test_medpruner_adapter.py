@@ -15,18 +15,13 @@ import medpruner
 from medpruner.recipes.adapter import SlicewiseAdapter
 from medpruner.settings import MedPruner, Random
 from mllm3d.config import VolumeConfig
-from mllm3d.errors import UserError
 from mllm3d.inference.adapter import RawAnswer
 from mllm3d.inference.generation import question_seed
 from mllm3d.registry import adapter_class
+from tests.medpruner.asking import generated, load, refused, texts
 from tests.medpruner.saved_slicewise import KINDS, QUESTIONS, SETTINGS, SHAPE, TOKENS, VOLUME, saved, scan, tokenizer
 
-CPU = torch.device("cpu")
 PRUNED = {"gamma": 0.01, "tau": 0.5}
-
-
-def load(folder: Path) -> SlicewiseAdapter:
-    return SlicewiseAdapter.load(folder, CPU, torch.float32)
 
 
 @pytest.fixture(params=KINDS)
@@ -43,24 +38,14 @@ def ask(adapter: SlicewiseAdapter, mode: Any, questions: Sequence[str] = QUESTIO
     return adapter.answer(given.get("volumes", [scan()]), questions, mode, max_new_tokens=5, seed=given.get("seed", 0))
 
 
-def texts(answers: Sequence[RawAnswer]) -> list[str]:
-    return [answer.text for answer in answers]
-
-
 def plain_inputs(adapter: SlicewiseAdapter, volumes: Sequence[np.ndarray], questions: Sequence[str]) -> dict[str, Any]:
     """As the library wants them: each row with pixels of its own."""
     shown = adapter.reader.show(volumes)
     inputs = adapter.reader.ask(shown, questions)
     ids = inputs["input_ids"]
-    inputs["pixel_values_videos"] = shown.patches.repeat(len(questions), 1)
+    inputs["pixel_values_videos"] = shown.pixels.repeat(len(questions), 1)
     inputs["mm_token_type_ids"] = 2 * (ids == adapter.model.config.video_token_id).int()
     return inputs
-
-
-def generated(adapter: SlicewiseAdapter, inputs: dict[str, Any]) -> list[str]:
-    out = adapter.model.generate(**inputs, max_new_tokens=5, do_sample=False)
-    found = tokenizer().batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in found]
 
 
 # --- what is shown ------------------------------------------------------------------------------------------
@@ -74,7 +59,7 @@ def test_every_token_has_the_voxels_of_its_box(tmp_path: Path, shape: tuple[int,
     shown = adapter.reader.show([volume])
     boxes = adapter.token_boxes(shape)
     assert boxes[-1, :, 1].tolist() == [-(-n // u) * u for n, u in zip(shape, (6, 8, 8), strict=True)]
-    assert len(shown.patches) == 4 * len(boxes) and adapter.reader.tokens(shown.grids[0]) == len(boxes)
+    assert len(shown.pixels) == 4 * len(boxes) and adapter.reader.tokens(shown.grids[0]) == len(boxes)
     padded = np.full(boxes[-1, :, 1], volume.min(), np.float32)
     padded[tuple(map(slice, shape))] = volume
     for number, ((d, _), (h, _), (w, _)) in enumerate(boxes.tolist()):
@@ -82,7 +67,7 @@ def test_every_token_has_the_voxels_of_its_box(tmp_path: Path, shape: tuple[int,
             cube = padded[d : d + 6, h + row : h + row + 4, w + column : w + column + 4]
             window = cube.reshape(2, 3, 4, 4).mean(1) * 0.5 + 0.5  # back to [0, 1]
             pixels = np.stack([(window - 0.5) / 0.5, (window - 0.25) / 0.25, window])
-            found = shown.patches[4 * number + part].numpy()
+            found = shown.pixels[4 * number + part].numpy()
             np.testing.assert_allclose(found, pixels.ravel(), atol=1e-5)  # the same arithmetic in another order
 
 
@@ -200,14 +185,6 @@ def test_text_goes_on_behind_all_of_a_volume_where_the_model_was_trained_so(tmp_
 
 
 # --- what is refused ----------------------------------------------------------------------------------------
-
-
-def refused(call: Any) -> str:
-    with pytest.raises(UserError) as error:
-        call()
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 def test_methods_and_settings_that_are_not_there(qwen: Path) -> None:

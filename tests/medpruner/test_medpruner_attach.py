@@ -220,6 +220,11 @@ def test_errors_name_what_is_wrong(model: Any) -> None:
     inputs = prompts(model, [(2, 4, 4)])
     with pytest.raises(ValueError, match=r"model_type None can't be pruned \(known: qwen2_5_vl"):
         medpruner.attach(torch.nn.Linear(1, 1))
+    qkv = model.model.visual.blocks[1].attn.qkv
+    del model.model.visual.blocks[1].attn.qkv
+    with pytest.raises(ValueError, match="no attn.qkv in them; the tower's attention can't be read"):
+        medpruner.attach(model)
+    model.model.visual.blocks[1].attn.qkv = qkv
     with pytest.raises(ValueError, match="layer: 3, the tower has blocks 0 to 2"):
         medpruner.attach(model, MedPruner(layer=3))
     with pytest.raises(ValueError, match="the model does not prune"):
