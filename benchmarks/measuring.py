@@ -37,12 +37,13 @@ def seconds(run: Run, device: torch.device) -> float:
 
     The process' own CPU time is blind to what else the machine does, but for shared caches and clocks.
     """
-    start = _now(device)
+    start = now(device)
     run()
-    return _now(device) - start
+    return now(device) - start
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds of this process; with a GPU those of a clock, once all that was asked of it is done."""
     if device.type != "cuda":
         return time.process_time()
     torch.cuda.synchronize(device)
@@ -126,9 +127,9 @@ def clocked(parts: Iterable[Part], device: torch.device) -> Iterator[dict[str, f
 
     @contextmanager
     def counted(name: str) -> Iterator[None]:
-        start = _now(device)
+        start = now(device)
         yield
-        spent[name] = spent.get(name, 0.0) + _now(device) - start
+        spent[name] = spent.get(name, 0.0) + now(device) - start
 
     with ExitStack() as stack:
         for part in parts:

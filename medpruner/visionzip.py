@@ -4,8 +4,8 @@ Legend: M tokens of a slice.
 
 Towers without a class token score a token by the attention that it receives
 (:func:`medpruner.nucleus.attention_received`; the published code sums over heads, which ranks alike). Its contextual
-tokens have the centres and means of :func:`medpruner.clustering.clusters` and :func:`medpruner.clustering.merge`, and
-stand behind the dominant ones, which keep their order.
+tokens have the centres and means of :func:`medpruner.clustering.clusters` and :func:`medpruner.clustering.merge`; they
+stay at their places, where its own code puts them behind the dominant ones.
 """
 
 import torch

@@ -38,6 +38,7 @@ HEAVY = (
     "mllm3d.release.export",
     "mllm3d.inference.predict",
     "mllm3d.data.check",
+    "medpruner.recipes.adapter",
     "photon.recipes.adapter",
     "photon.recipes.backbone",
     "photon.recipes.phases",

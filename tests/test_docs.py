@@ -4,6 +4,7 @@
 """
 
 import argparse
+import dataclasses
 import importlib
 import json
 import re
@@ -20,6 +21,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from med3dvlm.recipes import contrastive, language, text
+from medpruner import METHODS
 from mllm3d import cli, registry
 from mllm3d.config import Settings, load, sections
 from mllm3d.data.manifest import Row
@@ -81,6 +83,7 @@ def world(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "model.py").write_text(START)
     (folder / "contrastive.py").write_text(CONTRASTIVE)
     (folder / "language.py").write_text(LANGUAGE)
+    (folder / "slicewise.py").write_text(SLICEWISE)
     shell.run(SETUP, folder)
     return folder
 
@@ -113,6 +116,13 @@ Path("models").mkdir()
 write_gguf(Path("models/language.gguf"), model(len(tokenizer())))
 """
 
+SLICEWISE = """\
+from pathlib import Path
+from tests.medpruner.saved_slicewise import saved
+
+saved("qwen2_5_vl", Path("runs/slicewise"))
+"""
+
 SETUP = """\
 python data/phantom/prepare.py --out runs/quickstart/data --cases 16 --seed 0 --tasks existence --priors 0 \
     --shape 28,56,56 --splits 0.7,0,0.3 --workers 1
@@ -128,6 +138,7 @@ python data/phantom/prepare.py --out runs/quickstart_med3dvlm/data --cases 8 --s
     --tasks report existence --shape 28,56,56 --splits 0.5,0,0.5 --workers 1
 python contrastive.py
 python language.py
+python slicewise.py
 mkdir datasets my_data
 cp runs/quickstart_med3dvlm/data/manifest.jsonl my_data/manifest.jsonl
 printf 'VolumeName,Cardiomegaly\\ncase_00000.nii.gz,1\\ncase_00001.nii.gz,0\\n' > my_data/labels.csv
@@ -242,7 +253,7 @@ CREATED = {"configs/my_phase2.yaml"}
 @page
 def test_functions_exist(page: Path) -> None:
     for name in quoted(page):
-        if re.fullmatch(r"(photon|mllm3d)(\.\w+)+", name) and name not in registry.RECIPES:
+        if re.fullmatch(r"(photon|mllm3d|medpruner)(\.\w+)+", name) and name not in registry.RECIPES:
             resolve(name)
 
 
@@ -270,6 +281,23 @@ def test_each_equation_has_its_function() -> None:
         assert names, row
         for name in names:
             assert callable(resolve(name)), name
+
+
+def test_each_setting_of_a_pruner_is_in_its_table() -> None:
+    text = (ROOT / "docs" / "medpruner.md").read_text().partition("## Settings")[2].partition("\n## ")[0]
+    shown: dict[str, dict[str, str]] = {}
+    rows: dict[str, str] = {}
+    for method, key, default, _ in (re.split(r"\s*\|\s*", line)[1:5] for line in text.splitlines() if "| `" in line):
+        rows = shown.setdefault(method.strip("`"), {}) if method else rows
+        rows[key.strip("`")] = default.strip("`")
+    common = shown.pop("all")
+    assert set(shown) == set(METHODS)
+    for name, method in METHODS.items():
+        fields = dataclasses.fields(method)
+        assert {f.name for f in fields} == {*shown[name], *common}
+        for f in fields:
+            default = {**shown[name], **common}[f.name]
+            assert default == f.default or json.loads(default) == f.default, f"{name}: {f.name}"
 
 
 def test_dropping_and_sharing_cost_what_counting_says() -> None:

@@ -4,7 +4,6 @@ import importlib
 import json
 import runpy
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,6 @@ from torch import nn
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 CPU = torch.device("cpu")
 MB = 1_000_000
-
-
-@pytest.fixture(scope="module")
-def programs() -> Iterator[None]:
-    """The programs import what lies beside them. They run with one thread; others get theirs back."""
-    threads = torch.get_num_threads()
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path.remove(str(FOLDER))
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
