@@ -139,7 +139,7 @@ python data/phantom/prepare.py --out runs/quickstart_med3dvlm/data --cases 8 --s
 python contrastive.py
 python language.py
 python slicewise.py
-mkdir datasets my_data
+mkdir datasets my_data models/qwen3_vl_8b
 cp runs/quickstart_med3dvlm/data/manifest.jsonl my_data/manifest.jsonl
 printf 'VolumeName,Cardiomegaly\\ncase_00000.nii.gz,1\\ncase_00001.nii.gz,0\\n' > my_data/labels.csv
 ln -s ../runs/quickstart/data datasets/3d_rad
@@ -233,7 +233,7 @@ def test_files_exist(page: Path, world: Path) -> None:
     """In the checkout, beside the page, in configs/, or among what a run, a release and a data set hold."""
     quickstart = world / "runs" / "quickstart"
     places = [ROOT, page.parent, ROOT / "configs", world, *(quickstart / x for x in ("phase2", "release", "data"))]
-    places += (quickstart / "phase2" / "checkpoints").glob("step_*")
+    places += [*(quickstart / "phase2" / "checkpoints").glob("step_*"), world / "runs" / "slicewise"]
     missing = []
     for name in quoted(page):
         if not FILE.fullmatch(name) or name in BACKBONES or name in ON_HUB or name in CREATED:
