@@ -125,6 +125,11 @@ def _runs(columns: Sequence[int], row: int, grids: Sequence[Grid], images: Seque
             at += h * w
 
 
+def taken(values: Tensor, flags: Tensor) -> Tensor:
+    """The rows that are flagged (bool, on any device); where all are, the values themselves and no copy."""
+    return values if bool(flags.all()) else values[flags.to(values.device)]
+
+
 @dataclass
 class Pruned:
     """One volume after pruning.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from medpruner.backbones.base import Columns, Encoded, Inputs
 from medpruner.backbones.flat import FlatPrompt, attention_of, projections
-from medpruner.slices import Volume, volumes_in
+from medpruner.slices import Volume, taken, volumes_in
 from medpruner.towers import QueriesKeys, Reading, reading
 
 
@@ -68,8 +68,7 @@ class Gemma3(FlatPrompt):
         return [rearrange(part, "s c (y a) (x b) -> s (y x) (c a b)", y=self.side, x=self.side) for part in parts]
 
     def encode(self, inputs: Inputs, wanted: Sequence[Tensor], blocks: Sequence[int]) -> Encoded:
-        pixels = inputs["pixel_values"]
-        shown = pixels[torch.cat(list(wanted)).to(pixels.device)]
+        shown = taken(inputs["pixel_values"], torch.cat(list(wanted)))
         with reading({b: self.attention[b] for b in blocks}, _watch) as found:
             out = self.model.model.get_image_features(shown, return_dict=True)
         readings = {

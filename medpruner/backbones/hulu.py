@@ -30,7 +30,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 
 from medpruner.backbones.base import Columns, Encoded, Inputs
 from medpruner.backbones.flat import FlatPrompt, attention_of, projections
-from medpruner.slices import Volume, volumes_in
+from medpruner.slices import Volume, taken, volumes_in
 from medpruner.towers import QueriesKeys, Reading, reading
 
 SHAPES = ("grid_sizes", "merge_sizes", "modals")
@@ -98,7 +98,7 @@ class HuluMed(FlatPrompt):
         there = counts > 0
         sizes = torch.cat([counts[:, None], grid[:, 1:]], 1)[there]
         device = inputs["pixel_values"].device
-        pixels = inputs["pixel_values"][flags.repeat_interleave(patches).to(device)]
+        pixels = taken(inputs["pixel_values"], flags.repeat_interleave(patches))
         given = {"grid_sizes": sizes.to(device), "merge_sizes": merge[there].to(device)}
         with reading({b: self.attention[b] for b in blocks}, _watch) as found:
             merged = self.tower(pixel_values=pixels, **given)

@@ -16,7 +16,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 from transformers.vision_utils import get_vision_window_index
 
 from medpruner.backbones.base import Columns, Encoded, Inputs
-from medpruner.slices import Volume, volumes_in
+from medpruner.slices import Volume, taken, volumes_in
 from medpruner.towers import QueriesKeys, Reading, reading
 
 IMAGE, VIDEO = ("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")
@@ -84,7 +84,7 @@ class QwenVL:
     def _encode(self, pixels: Tensor, grid: Tensor, flags: Tensor, blocks: Sequence[int]) -> Encoded:
         """Of one kind; flags: bool, one for each temporal patch of all grids."""
         patches = grid[:, 1:].prod(-1).repeat_interleave(grid[:, 0])
-        kept_rows = flags.to(pixels.device).repeat_interleave(patches.to(pixels.device))
+        shown_pixels = taken(pixels, flags.repeat_interleave(patches.cpu()))
         counts = torch.stack([part.sum() for part in flags.split(grid[:, 0].tolist())]).to(grid)
         shown = torch.cat([counts[:, None], grid[:, 1:]], 1)[counts > 0]
         merged: list[Tensor] = []  # what goes into the merger, and into those of the deep-stack
@@ -95,7 +95,7 @@ class QwenVL:
         ]
         try:
             with reading({b: self.visual.blocks[b].attn for b in blocks}, _watch) as found:
-                out = self.visual(pixels[kept_rows].to(self.visual.dtype), grid_thw=shown)
+                out = self.visual(shown_pixels.to(self.visual.dtype), grid_thw=shown)
         finally:
             for handle in handles:
                 handle.remove()
