@@ -87,7 +87,7 @@ class Bench:
         self.train(f"{row}-projector", "projector", *models, f"model.projector={row}")
         settings = (f"model.checkpoint={self.runs.out / self.name(f'{row}-projector')}",)
         self.train(row, "finetune", *settings)
-        found = self.evaluate(row, "finetune", *settings)
+        found = self.evaluate(row, "finetune", *settings, "evaluation.modes=[none,zeroed]")
         if not (found / "reports.json").is_file() and not self.runs.quick:
             self.runs.call(
                 f"{self.name(row)}-reports", "data/phantom/score_reports.py",

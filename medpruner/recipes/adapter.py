@@ -178,8 +178,11 @@ class SlicewiseAdapter:
         texts = self.tokenizer.batch_decode(
             [row[:n] for row, n in zip(new, lengths, strict=True)], skip_special_tokens=True
         )
+        report = pruner.report
+        rates = {"slices": report.slice_rate, "tokens": report.token_rate, "overall": report.rate}
+        of_call = (None if settings is WHOLE else rates, _phases(report, clock, max(lengths)))
         return [
-            RawAnswer(text.strip(), len(k), int(k.sum()), n, clock.until(0), clock.until(n - 1), k)
+            RawAnswer(text.strip(), len(k), int(k.sum()), n, clock.until(0), clock.until(n - 1), k, *of_call)
             for text, n, k in zip(texts, lengths, kept, strict=True)
         ]
 
@@ -206,6 +209,13 @@ class SlicewiseAdapter:
     def token_boxes(self, shape: tuple[int, int, int]) -> np.ndarray:
         """Voxel boxes of a volume's tokens, in their order; boxes may reach past the volume's end."""
         return self.reader.boxes(shape)
+
+
+def _phases(report: Report, clock: Clock, tokens: int) -> dict[str, float]:
+    """Seconds of a call's parts. Cutting the volume into patches and building prompts count as prefill."""
+    tower, pruner = report.seconds["tower"], report.seconds["pruner"]
+    first, last = clock.until(0), clock.until(tokens - 1)
+    return {"tower": tower, "pruner": pruner, "prefill": first - tower - pruner, "decode": last - first}
 
 
 def _strictly(directory: Path, dtype: torch.dtype) -> Any:

@@ -102,6 +102,9 @@ class Reader(ABC):
     def show(self, volumes: Sequence[np.ndarray]) -> Shown:
         """(D, H, W) volumes in model units, cut."""
         tensors = [torch.as_tensor(volume) for volume in volumes]
+        shapes = [tuple(volume.shape) for volume in tensors]
+        if not shapes or any(len(shape) != 3 or 0 in shape for shape in shapes):
+            raise UserError(f"volumes: of shapes {shapes}; a slice-wise model is asked about one (D, H, W) or several")
         if not all(bool(volume.isfinite().all()) for volume in tensors):
             raise UserError("volume: voxels that are nan or infinite; correct the scan")
         cut = [self._cut(volume) for volume in tensors]

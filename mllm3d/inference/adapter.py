@@ -32,6 +32,8 @@ class RawAnswer:
     seconds_total: wall time until its last token.
     kept: bool (tokens_before,), of volumes, then images, then videos, each in the order given; None if the model
         cannot say.
+    retention: of a pruned slice-wise model, shares of `slices` that stayed, of `tokens` within these, and `overall`.
+    phases: of such a model, seconds of the call in vision `tower`, `pruner`, `prefill` and `decode`.
     """
 
     text: str
@@ -41,6 +43,8 @@ class RawAnswer:
     seconds_first: float
     seconds_total: float
     kept: np.ndarray | None
+    retention: Mapping[str, float] | None = None
+    phases: Mapping[str, float] | None = None
 
 
 class Embedder(Protocol):

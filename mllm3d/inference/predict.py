@@ -221,6 +221,11 @@ def _report(answer: Answer, predictor: Predictor, scans: Sequence[Volume]) -> di
         "checkpoint": predictor.checkpoint.name,
         "volume": str(scans[-1].path) if scans else None,
         "prior": str(scans[0].path) if len(scans) > 1 else None,
+        **{
+            name: {key: round(value, 4) for key, value in found.items()}
+            for name, found in (("retention", answer.retention), ("seconds", answer.phases))
+            if found is not None
+        },
     }
 
 

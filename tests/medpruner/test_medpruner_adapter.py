@@ -259,6 +259,9 @@ def test_scans_and_questions_that_cannot_be_asked(qwen: Path) -> None:
     broken = scan()
     broken[0, 0, 0] = np.nan
     assert "nan" in refused(lambda: ask(adapter, "none", volumes=[broken]))
+    for volumes in ([scan()[0]], []):
+        line = refused(lambda given=volumes: ask(adapter, "none", volumes=given))
+        assert "a slice-wise model is asked about one (D, H, W) or several" in line
 
 
 def test_the_registry_knows_the_kinds() -> None:

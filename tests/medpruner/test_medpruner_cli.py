@@ -48,6 +48,12 @@ def test_predict_prunes(model: Path, ct: Path, tmp_path: Path, capsys: pytest.Ca
     assert found["whole"]["answer"] == found["none"]["answer"]
     assert found["whole"]["tokens_before"] == found["pruned"]["tokens_before"] == TOKENS
     assert 4 <= found["pruned"]["tokens_after"] < TOKENS  # every slice has one token at least: there is no filter
+    assert "retention" not in found["whole"] and "retention" not in found["none"]
+    stayed = found["pruned"]["retention"]
+    assert stayed["slices"] == 1.0 and stayed["tokens"] == stayed["overall"] == found["pruned"]["keep_rate"]
+    seconds = found["pruned"]["seconds"]
+    assert list(seconds) == ["tower", "pruner", "prefill", "decode"] and min(seconds.values()) >= 0
+    assert sum(seconds.values()) >= found["pruned"]["seconds_to_first_token"] - 0.001  # each is rounded
     half = ("--pruner", "uniform", "--pruner-set", "keep=0.5")
     assert run(*asked, *half, "--evidence-nifti", tmp_path / "kept.nii") == 0
     mask = np.asarray(nibabel.load(tmp_path / "kept.nii").dataobj)
