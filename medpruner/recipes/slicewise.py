@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from mllm3d.config import Settings
+from mllm3d.config.messages import first_problem
 from mllm3d.errors import UserError
 
 FILE = "slicewise.json"
@@ -57,9 +58,7 @@ def read_slicewise(folder: Path) -> Slicewise:
     try:
         return Slicewise.model_validate_json(file.read_text(encoding="utf-8"))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "content"
-        raise UserError(f"{file}: {key}: {first['msg']}; correct it or export the model again") from error
+        raise UserError(f"{file}: {first_problem(error)}; correct it or export the model again") from error
 
 
 def _pixel_scale(folder: Path) -> tuple[list[float], list[float]]:

@@ -14,6 +14,12 @@ def dotted(path: KeyPath) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
 
 
+def first_problem(error: ValidationError) -> str:
+    """`key: what is wrong` of a file that a program wrote, where one line is enough."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']}"
+
+
 def error_lines(
     error: ValidationError,
     schema: type[BaseModel],

@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from mllm3d.config import Settings
+from mllm3d.config.messages import first_problem
 from mllm3d.errors import UserError
 from mllm3d.evaluation.scoring import ModeSummary, TableRow
 
@@ -28,6 +29,4 @@ def read_results(path: Path) -> Results:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; run the evaluation first") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "content"
-        raise UserError(f"{path}: {key}: {first['msg']}; run the evaluation again") from error
+        raise UserError(f"{path}: {first_problem(error)}; run the evaluation again") from error

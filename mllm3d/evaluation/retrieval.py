@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from mllm3d.config import Settings, VolumeConfig
+from mllm3d.config.messages import first_problem
 from mllm3d.data.files import write_atomically
 from mllm3d.errors import UserError
 from mllm3d.inference.checkpoint import Checkpoint, fingerprint
@@ -337,8 +338,7 @@ def _differing(one: VolumeConfig, other: VolumeConfig) -> list[str]:
 def _first(error: Exception) -> str:
     """What is wrong, in one line."""
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+        return first_problem(error)
     return str(error).splitlines()[0]
 
 

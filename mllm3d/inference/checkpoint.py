@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from mllm3d.config import VolumeConfig
+from mllm3d.config.messages import first_problem
 from mllm3d.errors import UserError
 from mllm3d.rundirs import has_checkpoint, newest_step
 
@@ -104,6 +105,4 @@ def _preprocessing(model: Path) -> VolumeConfig:
     try:
         return VolumeConfig.model_validate_json(file.read_text(encoding="utf-8"))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "content"
-        raise UserError(f"{file}: {key}: {first['msg']}; copy the file from the run folder again") from error
+        raise UserError(f"{file}: {first_problem(error)}; copy the file from the run folder again") from error
